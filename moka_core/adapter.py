@@ -1,0 +1,124 @@
+"""The adapter value: the one thing that crosses from one backend to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moka_core.config import MokaConfig
+from moka_core.errors import AdapterError
+from moka_core.plan import LayerPlan, plan_layer
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerFactors:
+    """The trained numbers of one layer.
+
+    Holds, for group g of the plan: factor_a[g] is (copies, a_out, a_in), factor_b[g] is (copies, b_out, b_in),
+    both (out, in)-oriented; a factor that is a fixed identity is absent (an empty tuple), and so is
+    gate_logits, (terms,), of an ungated adapter.
+    """
+
+    plan: LayerPlan
+    factor_a: tuple[np.ndarray, ...] = ()
+    factor_b: tuple[np.ndarray, ...] = ()
+    gate_logits: np.ndarray | None = None
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The stored arrays, under the names that they have in a file: "factor_a.0", …, "gate_logits"."""
+        for group, array in enumerate(self.factor_a):
+            yield f"factor_a.{group}", array
+        for group, array in enumerate(self.factor_b):
+            yield f"factor_b.{group}", array
+        if self.gate_logits is not None:
+            yield "gate_logits", self.gate_logits
+
+    @classmethod
+    def from_tensors(cls, plan: LayerPlan, config: MokaConfig, tensors: Mapping[str, np.ndarray]) -> LayerFactors:
+        """The layer whose `tensors()` these are; which names are needed follows from plan and config."""
+        groups = range(len(plan.groups))
+        return cls(
+            plan=plan,
+            factor_a=() if config.identity == "a" else tuple(tensors[f"factor_a.{g}"] for g in groups),
+            factor_b=() if config.identity == "b" else tuple(tensors[f"factor_b.{g}"] for g in groups),
+            gate_logits=tensors["gate_logits"] if config.gate == "softmax" else None,
+        )
+
+
+def expected_tensors(plan: LayerPlan, config: MokaConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every array that a layer with this plan stores."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for factor in ("a", "b"):
+        if config.identity != factor:
+            for index, group in enumerate(plan.groups):
+                shapes[f"factor_{factor}.{index}"] = group.factor_shape(factor)
+    if config.gate == "softmax":
+        shapes["gate_logits"] = (plan.terms,)
+    return shapes
+
+
+def tensor_problems(plan: LayerPlan, config: MokaConfig, tensors: Mapping[str, np.ndarray], *, where: str) -> list[str]:
+    """Everything wrong with one layer's arrays: missing, unexpected, mis-shaped, wrong dtype, not finite."""
+    expected = expected_tensors(plan, config)
+    problems = [f"{where}: missing {name} {expected[name]}" for name in sorted(set(expected) - set(tensors))]
+    problems += [f"{where}: unexpected {name}" for name in sorted(set(tensors) - set(expected))]
+    for name in sorted(set(expected) & set(tensors)):
+        array = tensors[name]
+        if tuple(array.shape) != expected[name]:
+            problems.append(f"{where}: {name} expected shape {expected[name]}, got {tuple(array.shape)}")
+        elif str(array.dtype) not in DTYPES:
+            problems.append(f"{where}: {name} expected dtype {' or '.join(DTYPES)}, got {array.dtype}")
+        elif not np.isfinite(array.astype(np.float32)).all():
+            problems.append(f"{where}: {name} has NaN or infinite entries")
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A config and the factors of every adapted layer: all that a trained adapter is.
+
+    Args:
+        config: the settings; `validate` checks every layer's plan against it.
+        layers: factors by the layer's dotted path in a Hugging Face checkpoint
+            ("model.layers.0.self_attn.q_proj").
+        base_fingerprint: digest of the base model that it was trained on, or None if unknown.
+        base_model: name or folder of that base, for humans and for PEFT.
+    """
+
+    config: MokaConfig
+    layers: Mapping[str, LayerFactors]
+    base_fingerprint: str | None = None
+    base_model: str | None = field(default=None)
+
+    def validate(self) -> Adapter:
+        """This adapter, if it is sound.
+
+        Raises:
+            AdapterError: no layers; a plan other than the config's; arrays missing, unexpected,
+                mis-shaped, of another dtype, or not finite. One error lists them all.
+        """
+        problems = []
+        if not self.layers:
+            problems.append("expected at least one layer, got none")
+        for path, layer in self.layers.items():
+            plan = plan_layer(self.config, layer.plan.out_features, layer.plan.in_features)
+            if plan != layer.plan:
+                problems.append(f"{path}: its shapes are not those that the config gives to a {plan.key} layer")
+            problems += tensor_problems(layer.plan, self.config, dict(layer.tensors()), where=path)
+        raise_problems(problems, "adapter is not valid")
+        return self
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained entries, gates included."""
+        return sum(array.size for layer in self.layers.values() for _, array in layer.tensors())
+
+
+def raise_problems(problems: list[str], title: str) -> None:
+    """Raise one AdapterError that lists every problem, or return if there is none."""
+    if problems:
+        raise AdapterError(f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)}):\n  " + "\n  ".join(problems))

@@ -1,0 +1,48 @@
+"""Ready-made configs by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from moka_core.architecture import Architecture
+from moka_core.config import MokaConfig
+from moka_core.errors import ConfigError
+
+PAPER = MokaConfig()
+
+PRESETS: dict[str, str] = {
+    "paper": "r = 10: five balanced shapes x 2 copies, softmax gate, dropout 0.1, on q_proj and v_proj "
+    "(arXiv 2508.03527)",
+    "paper-s": "MoKA_s: blocks of about 4096 entries on the diagonal, r = 16 (8 with grouped-query attention); "
+    "a reconstruction from the paper's parameter totals, since its shape lists are not public",
+}
+
+
+def preset(name: str, model: Architecture | None = None, **overrides: Any) -> MokaConfig:
+    """The config of a preset, fitted to a model.
+
+    Args:
+        name: "paper" or "paper-s".
+        model: the architecture; "paper-s" needs it, since its r differs between LLaMA2 and LLaMA3.
+        overrides: fields of `MokaConfig` to set otherwise.
+
+    Raises:
+        ConfigError: the name is unknown, or "paper-s" came without a model.
+
+    >>> preset("paper").r
+    10
+    """
+    if name == "paper":
+        config = PAPER
+    elif name == "paper-s":
+        if model is None:
+            raise ConfigError("preset 'paper-s' depends on the model's attention; pass its architecture")
+        grouped = model.num_key_value_heads < model.num_attention_heads
+        config = dataclasses.replace(PAPER, r=8 if grouped else 16, identity="a", num_shapes=1)
+    else:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown preset {name!r}{hint} Known: {', '.join(PRESETS)}")
+    return dataclasses.replace(config, **overrides) if overrides else config
