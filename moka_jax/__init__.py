@@ -1,0 +1,16 @@
+"""Mixtures of Kronecker adapters for Flax NNX models."""
+
+from moka_jax.attach import attach, export_adapter, import_adapter, merge
+from moka_jax.linear import MokaLinear, MokaParam, with_dropout_key
+from moka_jax.nf4 import Nf4Linear
+
+__all__ = [
+    "MokaLinear",
+    "MokaParam",
+    "Nf4Linear",
+    "attach",
+    "export_adapter",
+    "import_adapter",
+    "merge",
+    "with_dropout_key",
+]

@@ -1,0 +1,234 @@
+"""The verbs on a whole NNX model: attach, merge, export_adapter, import_adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model
+from moka_core.adapter import raise_problems
+from moka_jax.linear import MokaLinear, base_weight
+from moka_jax.mixture import Execution
+from moka_jax.nf4 import Nf4Linear
+from moka_jax.stack import Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A linear layer of a model: where it stands, and what it is called in a checkpoint.
+
+    Holds: `names` has one dotted path, or, inside a stack of `layers` layers, one for each layer.
+    """
+
+    path: tuple[str | int, ...]
+    names: tuple[str, ...]
+    layers: int | None
+    module: nnx.Linear | Nf4Linear | MokaLinear
+
+    @property
+    def base(self) -> nnx.Linear | Nf4Linear:
+        """The frozen layer: the module itself, or what its adapter stands on."""
+        return self.module.base if isinstance(self.module, MokaLinear) else self.module
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.base.out_features, self.base.in_features
+
+
+def linear_sites(model: nnx.Module) -> list[Site]:
+    """Every linear layer of an NNX model, in the order of its paths; one inside a `MokaLinear` stands for both.
+
+    A layer of a `Stack` at path p is called p.0.…, p.1.…, as in a checkpoint that is not stacked.
+    """
+    modules: dict[tuple[Any, ...], nnx.Module] = dict(nnx.iter_modules(model))
+    stacks = {path: module for path, module in modules.items() if isinstance(module, Stack)}
+    adapted = {path for path, module in modules.items() if isinstance(module, MokaLinear)}
+    sites = []
+    for path, module in modules.items():
+        if not isinstance(module, (nnx.Linear, Nf4Linear, MokaLinear)) or path[:-1] in adapted:
+            continue
+        stack = next((prefix for prefix in stacks if path[: len(prefix) + 1] == (*prefix, "block")), None)
+        if stack is None:
+            sites.append(Site(path=path, names=(_dotted(path),), layers=None, module=module))
+        else:
+            length = stacks[stack].length
+            inner = path[len(stack) + 1 :]
+            names = tuple(_dotted((*stack, index, *inner)) for index in range(length))
+            sites.append(Site(path=path, names=names, layers=length, module=module))
+    return sorted(sites, key=lambda site: tuple(map(str, site.path)))
+
+
+def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: Execution = "auto") -> nnx.Module:
+    """The model with a `MokaLinear` in place of every targeted linear layer; changed in place, and returned.
+
+    y = W x becomes y = W x + ΔW x, with ΔW = 0 at the start.
+
+    Args:
+        model: any NNX model; its `nnx.Linear` and `Nf4Linear` layers can be targets.
+        config: the adapter's settings.
+        seed: draws the factors that do not start at zero.
+        execution: see `MokaLinear`.
+
+    Raises:
+        TargetError: a target matches no layer, or only some layers of a stack.
+        ConfigError: the model is adapted already, or a shape does not fit.
+    """
+    sites = linear_sites(model)
+    if any(isinstance(site.module, MokaLinear) for site in sites):
+        raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
+    plans = plan_model(config, {name: site.dims for site in sites for name in site.names})
+    chosen = _choose(sites, plans)
+    key = jax.random.key(seed)
+    for index, (site, plan) in enumerate(chosen):
+        layer = MokaLinear(
+            site.base,
+            plan,
+            config,
+            key=jax.random.fold_in(key, index),
+            layers=site.layers,
+            execution=execution,
+        )
+        _replace(model, site.path, layer)
+    return model
+
+
+def export_adapter(model: nnx.Module) -> Adapter:
+    """The adapter of a model as one value of NumPy arrays, its shapes all explicit.
+
+    Raises:
+        AdapterError: the model has no adapter, or a trained entry is not finite.
+    """
+    sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
+    if not sites:
+        raise AdapterError("export_adapter: this model has no adapter; attach one, or import one, first")
+    layers = {}
+    plans: dict[str, LayerPlan] = {}
+    for site in sites:
+        assert isinstance(site.module, MokaLinear)
+        plans[site.module.plan.key] = site.module.plan
+        for index, name in enumerate(site.names):
+            layers[name] = site.module.to_factors(None if site.layers is None else index)
+    first = sites[0].module
+    assert isinstance(first, MokaLinear)
+    config = dataclasses.replace(first.config, shapes=tuple(plans[key] for key in sorted(plans)))
+    fingerprint = getattr(model, "base_fingerprint", None)
+    return Adapter(
+        config=config, layers=layers, base_fingerprint=fingerprint, base_model=getattr(model, "base_model", None)
+    ).validate()
+
+
+def import_adapter(
+    model: nnx.Module, adapter: Adapter, *, allow_other_base: bool = False, execution: Execution = "auto"
+) -> nnx.Module:
+    """The model with a trained adapter on it; changed in place, and returned. Nothing changes if it does not fit.
+
+    Args:
+        allow_other_base: accept an adapter that was trained on another base model.
+
+    Raises:
+        AdapterError: the adapter is not sound, is for other layers or shapes, or for another base.
+    """
+    adapter.validate()
+    sites = linear_sites(model)
+    if any(isinstance(site.module, MokaLinear) for site in sites):
+        raise ConfigError("import_adapter: this model has an adapter already; merge it first, or load the base again")
+    fingerprint = getattr(model, "base_fingerprint", None)
+    if not allow_other_base:
+        check_base(adapter.base_fingerprint, fingerprint)
+    dims = {name: site.dims for site in sites for name in site.names}
+    problems = [f"{name}: this model has no such linear layer" for name in sorted(set(adapter.layers) - set(dims))]
+    for name in sorted(set(adapter.layers) & set(dims)):
+        plan = adapter.layers[name].plan
+        if (plan.out_features, plan.in_features) != dims[name]:
+            problems.append(f"{name}: adapter is for {plan.key}, the model's layer is {dims[name][0]}x{dims[name][1]}")
+    raise_problems(problems, "adapter does not fit this model")
+    try:
+        chosen = _choose(sites, {name: layer.plan for name, layer in adapter.layers.items()})
+    except TargetError as error:
+        raise AdapterError(f"adapter does not fit this model: {error}") from error
+    key = jax.random.key(0)
+    for site, plan in chosen:
+        layer = MokaLinear(site.base, plan, adapter.config, key=key, layers=site.layers, execution=execution)
+        layer.set_factors([adapter.layers[name] for name in site.names])
+        _replace(model, site.path, layer)
+    return model
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """The model with W + ΔW in place of every adapted layer, as `nnx.Linear`; changed in place, and returned.
+
+    A packed base is decoded: the merged layer is dense, and nothing is quantised again.
+
+    Raises:
+        AdapterError: the model has no adapter.
+    """
+    sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
+    if not sites:
+        raise AdapterError("merge: this model has no adapter; attach one, or import one, first")
+    for site in sites:
+        assert isinstance(site.module, MokaLinear)
+        fold = _merged_weight if site.layers is None else nnx.vmap(_merged_weight)
+        weight, bias = fold(site.module)
+        out, in_ = site.dims
+        dtype = site.module.base.dtype
+        dense = nnx.eval_shape(
+            lambda out=out, in_=in_, bias=bias, dtype=dtype: nnx.Linear(
+                in_, out, use_bias=bias is not None, dtype=dtype, rngs=nnx.Rngs(0)
+            )
+        )
+        dense.kernel = nnx.Param(jnp.swapaxes(weight, -1, -2))
+        if bias is not None:
+            dense.bias = nnx.Param(bias)
+        _replace(model, site.path, dense)
+    return model
+
+
+def check_base(adapter: str | None, model: str | None) -> None:
+    """Raise an AdapterError if both fingerprints are known and differ."""
+    if adapter is not None and model is not None and adapter != model:
+        raise AdapterError(
+            f"this adapter was trained on another base model: expected fingerprint {adapter[:16]}…, "
+            f"this base has {model[:16]}…; load the base that it was trained on, or allow another base explicitly"
+        )
+
+
+def _merged_weight(layer: MokaLinear) -> tuple[jax.Array, jax.Array | None]:
+    weight, bias = base_weight(layer.base)
+    return weight + layer.delta().astype(weight.dtype), bias
+
+
+def _choose(sites: list[Site], plans: Mapping[str, LayerPlan]) -> list[tuple[Site, LayerPlan]]:
+    """The sites that have a plan; a stack is chosen whole or not at all."""
+    chosen = []
+    for site in sites:
+        hit = [name for name in site.names if name in plans]
+        if hit and len(hit) < len(site.names):
+            raise TargetError(
+                f"target_modules: {len(hit)} of {len(site.names)} layers of the stack {_dotted(site.path)!r} match "
+                f"(first that does not: {next(name for name in site.names if name not in plans)}); "
+                "a stack shares one structure, so target all of its layers or none"
+            )
+        if hit:
+            chosen.append((site, plans[hit[0]]))
+    return chosen
+
+
+def _replace(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+    parent: Any = model
+    for part in path[:-1]:
+        parent = parent[part] if isinstance(part, int) else getattr(parent, part)
+    if isinstance(path[-1], int):
+        parent[path[-1]] = module
+    else:
+        setattr(parent, path[-1], module)
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))

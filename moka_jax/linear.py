@@ -1,0 +1,150 @@
+"""A linear layer with a mixture of Kronecker adapters on a frozen base."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moka_core import LayerFactors, LayerPlan, MokaConfig
+from moka_jax.mixture import Execution, delta_weight, factored_apply, resolve_execution
+from moka_jax.nf4 import Nf4Linear, project
+
+
+class MokaParam(nnx.LoRAParam):
+    """A trained entry of a mixture: `nnx.LoRAParam` so that trainers which select that type train it unchanged."""
+
+
+class DropoutKey(nnx.Variable):
+    """The random key of one layer's dropout; absent outside of training."""
+
+
+class MokaLinear(nnx.Module):
+    """y = W x + b + ΔW dropout(x), with ΔW = Σ_i scale·α_i·c_i·(A_i ⊗ B_i); W and b stay frozen.
+
+    Holds, for group g of the plan: factor_a[g] (copies, a_out, a_in), factor_b[g] (copies, b_out, b_in), and
+    gate_logits (terms,) if gated; a fixed identity is absent. Stacked over layers, each has one more leading axis.
+
+    Args:
+        base: the frozen layer, `nnx.Linear` or `Nf4Linear`.
+        plan: the shapes of the terms.
+        config: gate, scaling, identity, initialisation and dropout.
+        key: draws the factor that does not start at zero, every copy (and layer) independently.
+        layers: length of the leading axis if the layer is part of a stack.
+        execution: "factored", "merged", or "auto" to choose by cost from the static shapes.
+    """
+
+    def __init__(
+        self,
+        base: nnx.Linear | Nf4Linear,
+        plan: LayerPlan,
+        config: MokaConfig,
+        *,
+        key: jax.Array,
+        layers: int | None = None,
+        execution: Execution = "auto",
+    ) -> None:
+        self.base = base
+        self.plan = plan
+        self.config = config
+        self.layers = layers
+        self.execution = execution
+        self.dropout_key: DropoutKey | None = nnx.data(None)
+        lead = () if layers is None else (layers,)
+        factors: dict[str, list[MokaParam]] = {"a": [], "b": []}
+        for name in ("a", "b"):
+            if config.identity == name:
+                continue
+            for group in plan.groups:
+                key, drawn = jax.random.split(key)
+                shape = (*lead, *group.factor_shape(name))
+                factors[name].append(MokaParam(_initial(shape, drawn, zero=config.zero_factor == name)))
+        self.factor_a = nnx.List(factors["a"])
+        self.factor_b = nnx.List(factors["b"])
+        gated = config.gate == "softmax"
+        self.gate_logits = MokaParam(jnp.zeros((*lead, plan.terms), jnp.float32)) if gated else None
+
+    def delta(self) -> jax.Array:
+        """ΔW, (out, in), in the factors' dtype."""
+        return delta_weight(self.plan, self.config, *self._factors())
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) to (..., out), in the dtype of the base layer's output."""
+        execution = resolve_execution(self.execution, self.plan, self.config, x.shape[:-1])
+        if execution == "merged" and self.dropout_key is None:
+            weight, bias = base_weight(self.base)
+            dtype = self.base.dtype or x.dtype
+            return project(x.astype(dtype), weight + self.delta(), bias)
+        y = self.base(x)
+        dropped = self._dropout(x.astype(y.dtype))
+        if execution == "merged":
+            return y + project(dropped, self.delta(), None)
+        return y + factored_apply(self.plan, self.config, *self._factors(), dropped)
+
+    def to_factors(self, layer: int | None = None) -> LayerFactors:
+        """The trained numbers as NumPy arrays; `layer` chooses one of a stack."""
+
+        def take(variable: nnx.Variable) -> np.ndarray:
+            value = variable[...]
+            return np.asarray(value if layer is None else value[layer])
+
+        return LayerFactors(
+            plan=self.plan,
+            factor_a=tuple(take(factor) for factor in self.factor_a),
+            factor_b=tuple(take(factor) for factor in self.factor_b),
+            gate_logits=None if self.gate_logits is None else take(self.gate_logits),
+        )
+
+    def set_factors(self, layers: list[LayerFactors]) -> None:
+        """Take over trained numbers, one entry for each layer of a stack (or just one)."""
+        ours = {f"factor_a.{i}": variable for i, variable in enumerate(self.factor_a)}
+        ours |= {f"factor_b.{i}": variable for i, variable in enumerate(self.factor_b)}
+        if self.gate_logits is not None:
+            ours["gate_logits"] = self.gate_logits
+        theirs = [dict(layer.tensors()) for layer in layers]
+        for name, variable in ours.items():
+            arrays = [tensors[name] for tensors in theirs]
+            variable[...] = jnp.asarray(arrays[0] if self.layers is None else np.stack(arrays))
+
+    def _factors(self) -> tuple[list[jax.Array], list[jax.Array], jax.Array | None]:
+        gate = None if self.gate_logits is None else self.gate_logits[...]
+        return [factor[...] for factor in self.factor_a], [factor[...] for factor in self.factor_b], gate
+
+    def _dropout(self, x: jax.Array) -> jax.Array:
+        if self.dropout_key is None:
+            return x
+        keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.config.dropout), jnp.zeros((), x.dtype))
+
+
+def base_weight(base: nnx.Linear | Nf4Linear) -> tuple[jax.Array, jax.Array | None]:
+    """The frozen weight (out, in) and bias (out,) of a base layer, decoded if it is packed."""
+    if isinstance(base, Nf4Linear):
+        return base.decoded(), None if base.bias is None else base.bias[...]
+    return base.kernel[...].T, None if base.bias is None else base.bias[...]
+
+
+def with_dropout_key(model: nnx.Module, key: jax.Array) -> nnx.Module:
+    """The model with dropout switched on in every `MokaLinear`, all masks drawn from `key`.
+
+    Meant for a model that was merged inside the function being differentiated: dropout is then a pure function
+    of the key, and a resumed run draws the masks that an uninterrupted one would have drawn.
+    """
+    index = 0
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MokaLinear) and module.config.dropout > 0:
+            own = jax.random.fold_in(key, index)
+            module.dropout_key = DropoutKey(own if module.layers is None else jax.random.split(own, module.layers))
+            index += 1
+    return model
+
+
+def _initial(shape: tuple[int, ...], key: jax.Array, *, zero: bool) -> jax.Array:
+    """Zeros, or Kaiming-uniform with a = √5 over the factor's own columns: U(-1/√columns, 1/√columns)."""
+    if zero:
+        return jnp.zeros(shape, jnp.float32)
+    bound = 1 / math.sqrt(shape[-1])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
