@@ -1,0 +1,248 @@
+"""A Hugging Face model folder as the tensors of our Flax LLaMA, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes
+from moka_core import ModelError, Nf4Weight, base_fingerprint, dequantise_nf4, quantise_nf4
+
+Quantise = Literal["nf4-double", "nf4", "none"]
+FlaxPath = tuple[str, ...]
+
+_BLOCK = r"model\.layers\.(?P<layer>\d+)\."
+# checkpoint name -> (path in moka_jax.llama, whether the matrix is transposed, whether it may be packed)
+_TABLE: tuple[tuple[str, FlaxPath, bool, bool], ...] = (
+    (r"model\.embed_tokens\.weight", ("model", "embed_tokens", "embedding"), False, False),
+    (r"model\.norm\.weight", ("model", "norm", "weight"), False, False),
+    (r"lm_head\.weight", ("lm_head", "kernel"), True, False),
+    *(
+        (rf"{_BLOCK}{name}\.weight", ("model", "layers", "block", name, "weight"), False, False)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ),
+    *(
+        entry
+        for parent, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+        for name in names
+        for entry in (
+            (
+                rf"{_BLOCK}{parent}\.{name}_proj\.weight",
+                ("model", "layers", "block", parent, f"{name}_proj", "kernel"),
+                True,
+                True,
+            ),
+            (
+                rf"{_BLOCK}{parent}\.{name}_proj\.bias",
+                ("model", "layers", "block", parent, f"{name}_proj", "bias"),
+                False,
+                False,
+            ),
+        )
+    ),
+)
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint's tensor stands in our LLaMA."""
+
+    path: FlaxPath
+    layer: int | None
+    transposed: bool
+    packable: bool
+
+
+def flax_place(name: str) -> Place | None:
+    """The place of a checkpoint's tensor, or None if our LLaMA has none for that name.
+
+    >>> flax_place("model.layers.3.mlp.up_proj.weight").layer
+    3
+    """
+    for pattern, path, transposed, packable in _TABLE:
+        found = re.fullmatch(pattern, name)
+        if found:
+            layer = found.groupdict().get("layer")
+            return Place(path, None if layer is None else int(layer), transposed, packable)
+    return None
+
+
+def checkpoint_name(path: FlaxPath, layer: int | None) -> str:
+    """The checkpoint's name of a place: the inverse of `flax_place`.
+
+    Raises:
+        ModelError: our LLaMA has no such place.
+
+    >>> checkpoint_name(("model", "layers", "block", "mlp", "up_proj", "kernel"), 3)
+    'model.layers.3.mlp.up_proj.weight'
+    """
+    for pattern, candidate, *_ in _TABLE:
+        if candidate == path and (layer is not None) == ("?P<layer>" in pattern):
+            return pattern.replace(_BLOCK, f"model.layers.{layer}.").replace("\\", "")
+    raise ModelError(f"{'.'.join(path)}: no tensor of a LLaMA checkpoint stands there")
+
+
+def to_checkpoint(tensors: Mapping[FlaxPath, np.ndarray]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors, (out, in)-oriented and unstacked, from dense arrays by path in our LLaMA."""
+    result = {}
+    for path, array in tensors.items():
+        stacked = path[:3] == ("model", "layers", "block")
+        for layer, value in enumerate(array) if stacked else [(None, array)]:
+            name = checkpoint_name(path, layer)
+            place = flax_place(name)
+            assert place is not None
+            result[name] = np.ascontiguousarray(value.T if place.transposed else value)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFolder:
+    """A Hugging Face model folder, opened: its config, and its tensors on demand.
+
+    Args:
+        folder: has config.json and model.safetensors, or the shards and their index.
+        quantise: what becomes of a dense linear weight: NF4 with or without double quantisation, or nothing.
+            A weight that is packed already is taken as it is.
+    """
+
+    folder: Path
+    quantise: Quantise
+    config: dict[str, Any]
+    files: dict[str, Path]
+
+    @property
+    def name(self) -> str:
+        """The folder, as an adapter trained on it will name its base."""
+        return str(self.folder)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the folder holds bitsandbytes' NF4 weights."""
+        return any(name.endswith(STATE_KEY) for name in self.files)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor as it stands in the file."""
+        with safe_open(self.files[name], framework="np") as file:
+            return file.get_tensor(name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of `moka_core.base_fingerprint`: equal for every precision of one model."""
+        norms = {
+            name: self.tensor(name).astype(np.float32)
+            for name in self.files
+            if name.endswith("norm.weight") and not _IGNORED.fullmatch(name)
+        }
+        return base_fingerprint(self.config, norms)
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray | Nf4Weight]]:
+        """(checkpoint name, value) of every tensor that our LLaMA has a place for; packed ones as one value.
+
+        Raises:
+            ModelError: names that our LLaMA has no place for; all are listed.
+        """
+        names = [name for name in sorted(self.files) if not _is_part(name, self.files) and not _IGNORED.fullmatch(name)]
+        if self.config.get("tie_word_embeddings") and "lm_head.weight" in names:
+            names.remove("lm_head.weight")
+        unknown = [name for name in names if flax_place(name) is None]
+        if unknown:
+            raise ModelError(
+                f"{self.folder}: no LLaMA tensor is called {', '.join(unknown[:8])}{' …' * (len(unknown) > 8)}"
+            )
+        for name in names:
+            if f"{name}.{STATE_KEY}" in self.files:
+                parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
+                yield name, from_bitsandbytes(name, {part: self.tensor(part) for part in parts if part in self.files})
+                continue
+            value = self.tensor(name)
+            if value.dtype == np.uint8:
+                raise ModelError(f"{self.folder}: {name} is packed, but not as NF4; only NF4 is supported")
+            place = flax_place(name)
+            assert place is not None
+            pack = place.packable and self.quantise != "none"
+            yield name, quantise_nf4(value, double=self.quantise == "nf4-double") if pack else value
+
+    def flax_tensors(self) -> Iterator[tuple[FlaxPath, int | None, np.ndarray | Nf4Weight]]:
+        """(path in our LLaMA, layer or None, value): linear weights (in, out) if dense, (out, in) if packed."""
+        for name, value in self.weights():
+            place = flax_place(name)
+            assert place is not None
+            if isinstance(value, Nf4Weight):
+                yield place.path, place.layer, value
+            else:
+                yield place.path, place.layer, value.T if place.transposed else value
+
+    def dense(self, name: str) -> np.ndarray:
+        """One linear weight (out, in) as the model computes with it: decoded if packed (or to be packed)."""
+        for found, value in self.weights():
+            if found == name:
+                return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value
+        raise ModelError(f"{self.folder}: has no tensor {name!r}")
+
+
+def open_base(folder: str | os.PathLike[str], *, quantise: Quantise = "nf4-double") -> BaseFolder:
+    """The model folder, checked but not read: tensors are read one at a time when they are needed.
+
+    Args:
+        folder: a Hugging Face model folder with safetensors.
+        quantise: "nf4-double" (what QLoRA uses), "nf4", or "none".
+
+    Raises:
+        ModelError: the folder is missing something, or does not hold what it says.
+    """
+    root = Path(folder)
+    if quantise not in ("nf4-double", "nf4", "none"):
+        raise ModelError(f"quantise: expected nf4-double, nf4 or none; got {quantise!r}")
+    if not root.is_dir():
+        raise ModelError(f"{root}: no such folder; expected a Hugging Face model folder (config.json, safetensors)")
+    config = _read_json(root / "config.json")
+    files = _tensor_files(root)
+    return BaseFolder(folder=root, quantise=quantise, config=config, files=files)
+
+
+def _tensor_files(root: Path) -> dict[str, Path]:
+    index = root / "model.safetensors.index.json"
+    single = root / "model.safetensors"
+    if index.is_file():
+        shards = {name: root / shard for name, shard in _read_json(index).get("weight_map", {}).items()}
+        missing = sorted({str(path) for path in shards.values() if not path.is_file()})
+        if missing:
+            raise ModelError(f"{index} names shards that are not there: {', '.join(missing)}")
+        return shards
+    if not single.is_file():
+        others = sorted(path.name for path in root.iterdir() if path.suffix in (".bin", ".gguf", ".pth"))
+        hint = f"; it has {', '.join(others)}, which must be converted to safetensors first" if others else ""
+        raise ModelError(f"{root}: expected model.safetensors or model.safetensors.index.json; found neither{hint}")
+    try:
+        with safe_open(single, framework="np") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise ModelError(f"{single}: expected a safetensors file; {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; expected a Hugging Face model folder") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: expected JSON; {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object; got {type(values).__name__}")
+    return values
+
+
+def _is_part(name: str, names: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a part of a packed weight and not a weight of its own."""
+    return any(name.endswith(f".{suffix}") and name.removesuffix(f".{suffix}") in names for suffix in SUFFIXES)
