@@ -1,0 +1,165 @@
+"""The verbs that both backends share: attach, merge, export_adapter, import_adapter."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import moka_core
+from moka_core import Adapter, LayerFactors
+from moka_core.adapter import raise_problems
+from moka_core.errors import AdapterError, ConfigError
+from moka_torch.fingerprint import check_fingerprint
+from moka_torch.linear import MokaLinear
+from moka_torch.loading import adapted_layers
+from moka_torch.targets import plan_targets
+from moka_torch.tuner import MokaConfig
+
+
+def attach(
+    model: nn.Module,
+    config: moka_core.MokaConfig | MokaConfig | str,
+    adapter_name: str = "default",
+    seed: int | None = None,
+) -> PeftModel:
+    """`model` with a fresh adapter, ΔW = 0, as a PeftModel; the base is frozen and changed in place.
+
+    Args:
+        model: a transformers model, or any module with linear layers.
+        config: the settings, or the name of a preset.
+        seed: of the factors' start; with one seed the start is the same on every machine and device. Torch's
+            global generator if None.
+
+    Raises:
+        ConfigError, TargetError, AdapterError: see `MokaModel.inject_adapter`; the model is then as it was.
+    """
+    if isinstance(model, PeftModel):
+        raise ConfigError("model: expected a base model; got a PeftModel. Use its add_adapter for one more adapter")
+    if isinstance(config, str):
+        config = _preset(config, model)
+    if isinstance(config, moka_core.MokaConfig):
+        config = MokaConfig.from_core(config, task_type=_task_type(model))
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in adapted_layers(peft_model, adapter_name).values():
+            layer.reset_parameters(adapter_name, generator)
+    return peft_model
+
+
+def merge(peft_model: PeftModel) -> nn.Module:
+    """The base model with W + ΔW of the active adapters in place of W, and no adapters.
+
+    The sum is taken in float32 at least and rounded once, to the dtype of W; a 4-bit or 8-bit W is encoded
+    again, with a warning, since that loses more than the adapter's rounding.
+
+    Raises:
+        AdapterError: an adapter has NaN or infinite entries; nothing has been merged.
+    """
+    problems = []
+    for path, layer in _layers(peft_model).items():
+        for name in layer.active_adapters:
+            if name in layer.moka_plan:
+                for key, tensor in layer.tensors(name).items():
+                    if not torch.isfinite(tensor).all():
+                        problems.append(f"{path}: {key} of adapter {name!r} has NaN or infinite entries")
+    raise_problems(problems, "nothing was merged")
+    return peft_model.merge_and_unload(safe_merge=True)
+
+
+def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
+    """An adapter's config and numbers as NumPy arrays: float32, or bfloat16 (ml_dtypes) where they are held so.
+
+    Layers are keyed by their path in a Hugging Face checkpoint; the config states the plan of each of them.
+
+    Raises:
+        AdapterError: there is no MoKA adapter of that name, its parameters are of another dtype, or not finite.
+    """
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, MokaConfig):
+        raise AdapterError(
+            f"adapter_name: expected one of {', '.join(sorted(peft_model.peft_config))}, a MoKA adapter; "
+            f"got {adapter_name!r}"
+        )
+    core = config.to_core()
+    layers = {}
+    for path, layer in adapted_layers(peft_model, adapter_name).items():
+        arrays = {name: _to_numpy(tensor, f"{path}: {name}") for name, tensor in layer.tensors(adapter_name).items()}
+        layers[path] = LayerFactors.from_tensors(layer.moka_plan[adapter_name], core, arrays)
+    adapter = Adapter(
+        config=core,
+        layers=layers,
+        base_fingerprint=config.base_fingerprint,
+        base_model=config.base_model_name_or_path,
+    )
+    return adapter.validate()
+
+
+def import_adapter(model: nn.Module | PeftModel, adapter: Adapter, adapter_name: str = "default") -> PeftModel:
+    """`model` with `adapter` on it, value for value, as a PeftModel.
+
+    bfloat16 values are widened to float32, as PEFT does. On a PeftModel the adapter is added to those that
+    are there and not made active (`set_adapter` does that), as with PEFT's `load_adapter`.
+
+    Raises:
+        AdapterError: the adapter is not valid, belongs to another base model, or was made for other layers than
+            those that its config names in this model; the model is then as it was.
+        ConfigError, TargetError: see `MokaModel.inject_adapter`; the model is then as it was.
+    """
+    adapter.validate()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_fingerprint(adapter.base_fingerprint, base)
+    plans = plan_targets(adapter.config, base)
+    extra, missing = adapter.layers.keys() - plans.keys(), plans.keys() - adapter.layers.keys()
+    problems = [f"{path}: the adapter has it, but it is no target in this model" for path in extra]
+    problems += [f"{path}: a target in this model, but the adapter has no such layer" for path in missing]
+    for path in plans.keys() & adapter.layers.keys():
+        if plans[path] != adapter.layers[path].plan:
+            problems.append(f"{path}: expected a {plans[path].key} layer's shapes; got {adapter.layers[path].plan.key}")
+    raise_problems(sorted(problems), "the adapter does not fit the model")
+
+    config = MokaConfig.from_core(
+        adapter.config,
+        task_type=_task_type(base),
+        base_fingerprint=adapter.base_fingerprint,
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    with torch.no_grad():
+        for path, layer in adapted_layers(peft_model, adapter_name).items():
+            parameters = layer.tensors(adapter_name)
+            for name, array in adapter.layers[path].tensors():
+                parameters[name].copy_(torch.from_numpy(np.array(array, dtype=np.float32)))
+    return peft_model
+
+
+def _layers(peft_model: PeftModel) -> dict[str, MokaLinear]:
+    return {path: module for path, module in peft_model.named_modules() if isinstance(module, MokaLinear)}
+
+
+def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
+    tensor = tensor.detach().to("cpu").contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    if tensor.dtype != torch.float32:
+        raise AdapterError(
+            f"{where}: expected float32 or bfloat16; got {tensor.dtype}. Cast the adapter to float32 first "
+            "(PEFT does so by default: autocast_adapter_dtype=True)."
+        )
+    return tensor.numpy().copy()
+
+
+def _preset(name: str, model: nn.Module) -> moka_core.MokaConfig:
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return moka_core.preset(name, None if to_dict is None else moka_core.Architecture.from_hf_config(to_dict()))
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type, which decides the PeftModel's class and what AutoPeftModel can load."""
+    return "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None

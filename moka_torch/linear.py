@@ -1,0 +1,254 @@
+"""The adapted linear layer: one class for dense and quantised base layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from moka_core import LayerPlan, MokaConfig
+from moka_core.cost import Execution
+from moka_core.errors import AdapterError, ConfigError
+from moka_torch.exactness import refuse_repacked
+from moka_torch.mixture import delta_weight, moka_apply
+
+
+class MokaLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and any number of mixtures on it: y = base(x) + Σ_adapters ΔW dropout(x).
+
+    Holds for every adapter name n, with the shape groups g of its plan:
+    moka_factor_a[n][str(g)] is (copies, a_out, a_in), moka_factor_b[n][str(g)] is (copies, b_out, b_in),
+    moka_gate_logits[n] is (terms,). What is a fixed identity, or the gate of an ungated mixture, is absent.
+    With PEFT's key handling this gives the names of the file format, `<path>.moka_factor_a.<group>`.
+
+    The weights of a quantised base layer are reached through PEFT's quantization backend, so that merging
+    works wherever PEFT can decode and encode them.
+
+    Args:
+        base_layer: an `nn.Linear`, or a quantised linear layer that PEFT knows.
+        adapter_name: of the first adapter.
+        plan: its shapes.
+        config: its settings.
+        get_apply_tensor_subclass: what PEFT needs to encode a torchao layer again.
+    """
+
+    adapter_layer_names = ("moka_factor_a", "moka_factor_b", "moka_gate_logits")
+    other_param_names = ("moka_dropout", "moka_plan", "moka_config")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        plan: LayerPlan,
+        config: MokaConfig,
+        get_apply_tensor_subclass: Any = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
+        )
+        self.in_features, self.out_features = plan.in_features, plan.out_features
+        self.moka_factor_a = nn.ModuleDict()
+        self.moka_factor_b = nn.ModuleDict()
+        self.moka_gate_logits = nn.ParameterDict()
+        self.moka_dropout = nn.ModuleDict()
+        self.moka_plan: dict[str, LayerPlan] = {}
+        self.moka_config: dict[str, MokaConfig] = {}
+        self.execution: Execution = "auto"
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, plan=plan, config=config)
+
+    def update_layer(
+        self, adapter_name: str, *, plan: LayerPlan, config: MokaConfig, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or replace the one of that name, at its start: ΔW = 0.
+
+        Raises:
+            ConfigError: the plan is for a layer of another shape.
+        """
+        if (plan.out_features, plan.in_features) != (self.out_features, self.in_features):
+            raise ConfigError(
+                f"adapter {adapter_name!r}: expected a plan for {self.out_features}x{self.in_features}; got {plan.key}"
+            )
+        groups = {str(index): group for index, group in enumerate(plan.groups)}
+        for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
+            stored = groups if config.identity != factor else {}
+            container[adapter_name] = nn.ParameterDict(
+                {name: nn.Parameter(torch.empty(group.factor_shape(factor))) for name, group in stored.items()}
+            )
+        if adapter_name in self.moka_gate_logits:
+            del self.moka_gate_logits[adapter_name]
+        if config.gate == "softmax":
+            self.moka_gate_logits[adapter_name] = nn.Parameter(torch.empty(plan.terms))
+        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.moka_plan[adapter_name] = plan
+        self.moka_config[adapter_name] = config
+        self.reset_parameters(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, generator: torch.Generator | None = None) -> None:
+        """Put an adapter back to its start: the zero factor 0, the other drawn anew, the logits 0.
+
+        Every entry of the other factor is uniform in ±1/√columns, columns being a_in or b_in: Kaiming with
+        a = √5 for each copy alone. (`kaiming_uniform_` on the stack would take rows·columns for the fan-in.)
+
+        Args:
+            generator: source of the draw, on the CPU; torch's own if None.
+        """
+        config = self.moka_config[adapter_name]
+        for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
+            for parameter in _entry(container, adapter_name).values():
+                if factor == config.zero_factor:
+                    parameter.zero_()
+                elif parameter.device.type == "meta":
+                    continue
+                else:
+                    bound = parameter.shape[-1] ** -0.5
+                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    parameter.copy_(drawn)
+        if adapter_name in self.moka_gate_logits:
+            self.moka_gate_logits[adapter_name].zero_()
+
+    def factors(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """(factor_a by group, factor_b by group, gate_logits) of an adapter, as `moka_apply` takes them."""
+        logits = self.moka_gate_logits.get(adapter_name, None)
+        return (
+            tuple(_entry(self.moka_factor_a, adapter_name).values()),
+            tuple(_entry(self.moka_factor_b, adapter_name).values()),
+            logits,
+        )
+
+    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The stored parameters of an adapter by the names of `moka_core.LayerFactors.tensors`."""
+        factor_a, factor_b, logits = self.factors(adapter_name)
+        named = {f"factor_a.{group}": tensor for group, tensor in enumerate(factor_a)}
+        named |= {f"factor_b.{group}": tensor for group, tensor in enumerate(factor_b)}
+        return named if logits is None else {**named, "gate_logits": logits}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base(x) + Σ ΔW dropout(x) over the active adapters, in the dtype that the base layer returns.
+
+        ΔW dropout(x) is computed in the adapter's dtype, the input being cast to it.
+
+        Raises:
+            ConfigError: `adapter_names` was given; a different adapter for each sample is not supported.
+        """
+        refuse_adapter_names(kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self._present(self.active_adapters):
+            factor_a, factor_b, logits = self.factors(name)
+            given = self._cast_input_dtype(x, (factor_b or factor_a)[0].dtype)
+            result = result + moka_apply(
+                self.moka_dropout[name](given),
+                self.moka_plan[name],
+                self.moka_config[name],
+                factor_a,
+                factor_b,
+                logits,
+                execution=self.execution,
+            )
+        return result.to(dtype)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW of an adapter, (out, in): float32 for a factor dtype below that, the factors' own otherwise."""
+        factor_a, factor_b, logits = self.factors(adapter_name)
+        precise = torch.promote_types((factor_b or factor_a)[0].dtype, torch.float32)
+        return delta_weight(
+            self.moka_plan[adapter_name],
+            self.moka_config[adapter_name],
+            [factor.to(precise) for factor in factor_a],
+            [factor.to(precise) for factor in factor_b],
+            None if logits is None else logits.to(precise),
+        )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight; a quantised weight is decoded, added to, and encoded again.
+
+        Args:
+            safe_merge: leave the base weight as it is if the merged one would have NaN or infinite entries.
+            adapter_names: which adapters; the active ones if None.
+
+        Raises:
+            AdapterError: `safe_merge`, and the merged weight is not finite.
+        """
+        for name in self._present(check_adapters_to_merge(self, adapter_names)):
+            merged = self._shifted(name, sign=1)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise AdapterError(
+                    f"adapter {name!r}: the merged weight has NaN or infinite entries; the base weight was left as it "
+                    "was. Check the adapter, or the dtype that the base is held in."
+                )
+            if self.quantization_backend is not None:
+                warnings.warn(
+                    f"merging into a {self.quantization_backend.backend_name} layer encodes it again: the result is "
+                    "W + ΔW rounded to that format. Merge into a float base for the exact sum.",
+                    stacklevel=2,
+                )
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take every merged ΔW off the base weight again; exact up to the rounding of its dtype."""
+        if not self.merged:
+            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
+        while self.merged_adapters:
+            self.set_base_weight(self._shifted(self.merged_adapters[-1], sign=-1))
+            self.merged_adapters.pop()
+
+    def _shifted(self, adapter_name: str, *, sign: int) -> Tensor:
+        """W ± ΔW as a new tensor of W's dtype, summed in float32 at least."""
+        refuse_repacked(self.get_base_layer())
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name)
+        precise = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(precise) + sign * delta.to(weight.device, precise)).to(weight.dtype)
+
+    def _present(self, adapter_names: list[str]) -> list[str]:
+        """Those of the adapters that this layer has: adapters may target different layers."""
+        return [name for name in adapter_names if name in self.moka_plan]
+
+    def __repr__(self) -> str:
+        return "moka." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        plans = ", ".join(f"{name}: {' + '.join(map(_brief, plan.groups))}" for name, plan in self.moka_plan.items())
+        return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
+
+
+def refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Raise a ConfigError if a forward call asks for a different adapter for each sample."""
+    if kwargs.get("adapter_names") is not None:
+        raise ConfigError(
+            "adapter_names: MoKA layers use the same adapters for every sample of a batch; got "
+            f"{kwargs['adapter_names']!r}. Call the model once for each adapter, with set_adapter between."
+        )
+
+
+def _entry(container: nn.ModuleDict, adapter_name: str) -> nn.ParameterDict:
+    entry = container[adapter_name]
+    assert isinstance(entry, nn.ParameterDict)
+    return entry
+
+
+def _brief(group: Any) -> str:
+    return f"{group.copies}·{group.shape}"

@@ -1,0 +1,121 @@
+"""Which modules of a PyTorch model an adapter goes on, decided and checked before any of them is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from moka_core import LayerPlan, MokaConfig, plan_model
+from moka_core.errors import ConfigError, TargetError
+from moka_core.plan import ALL_LINEAR, matches
+from moka_torch.linear import MokaLinear
+
+_RESERVED = ("base_layer", *MokaLinear.adapter_layer_names, *MokaLinear.other_param_names)
+
+
+def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
+    """The plan of every layer that `config` targets, by its path in `model`.
+
+    Raises:
+        TargetError: a target matches no linear layer (near misses are given), or matches a module with
+            weights of another kind.
+        ConfigError: `config.shapes` states a plan for dimensions that no targeted layer has.
+    """
+    kwargs = get_quantization_kwargs(model)
+    modules = _outer_modules(model)
+    layers: dict[str, tuple[int, int]] = {}
+    for path, module in modules.items():
+        dims = linear_dims(module, **kwargs)
+        if dims is not None:
+            layers[path] = dims
+    if config.target_modules != ALL_LINEAR and config.target_modules != (ALL_LINEAR,):
+        for path, module in modules.items():
+            if path not in layers and matches(config.target_modules, path) and _has_weights(module):
+                refuse_module(path, module, **kwargs)
+    plans = plan_model(config, layers)
+    for path in plans:
+        refuse_module(path, modules[path], **kwargs)
+    used = {plan.key for plan in plans.values()}
+    unused = [plan.key for plan in config.shapes if plan.key not in used]
+    if unused:
+        raise ConfigError(
+            f"shapes: no targeted layer is {' or '.join(unused)} (out x in); the targeted layers are "
+            f"{', '.join(sorted(used))}. Take the plan out, or target such a layer."
+        )
+    return plans
+
+
+def linear_dims(module: nn.Module, **kwargs: Any) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, quantised or adapted ones too; None for anything else."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(base, nn.Linear):
+        backend = resolve_quantization_backend(base, **kwargs)
+        if backend is None or backend.layer_type != "linear":
+            return None
+    out_features, in_features = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    return None if out_features is None or in_features is None else (int(out_features), int(in_features))
+
+
+def refuse_module(path: str, module: nn.Module, **kwargs: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a layer that an adapter can go on.
+
+    Raises:
+        TargetError: it is no linear layer, or carries an adapter of another method.
+    """
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, MokaLinear):
+        raise TargetError(
+            f"{path}: already carries an adapter of another PEFT method ({type(module).__module__}."
+            f"{type(module).__name__}); merge or unload it first, MoKA cannot be stacked on it"
+        )
+    dims = linear_dims(module, **kwargs)
+    if dims is None:
+        raise TargetError(
+            f"{path}: target_modules matches it, but it is a {type(module).__name__}; supported are torch.nn.Linear "
+            "and quantised linear layers that PEFT knows. Narrow target_modules down to linear layers."
+        )
+    return dims
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Raise a ConfigError unless an adapter of that name can be told apart in parameter names.
+
+    PEFT finds the parameters of an adapter by its name between dots anywhere in a parameter's path: with an
+    adapter called "0" it would leave layer 0 and every group 0 out of what it saves for the other adapters.
+    """
+    taken = {part for path in _outer_modules(model) for part in path.split(".")}.union(_RESERVED)
+    if not name or "." in name:
+        raise ConfigError(f"adapter_name: expected a name without dots; got {name!r}")
+    if name.isdecimal() or name in taken:
+        raise ConfigError(
+            f"adapter_name: {name!r} is also part of the path of a parameter (a module, or the number of a layer or of "
+            "a shape group), and PEFT could not tell the two apart when saving; choose another name"
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ConfigError(f"adapter_name: {name!r} is a method or attribute of torch's modules; choose another name")
+    if name in _adapter_names(model):
+        raise ConfigError(
+            f"adapter_name: this model already carries an adapter {name!r}; choose another name, or delete it first"
+        )
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    return {name for module in model.modules() if isinstance(module, MokaLinear) for name in module.moka_plan}
+
+
+def _outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by path, but for the insides of adapted layers."""
+    modules: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path and not path.startswith(inside or ("\0",)):
+            modules[path] = module
+            if isinstance(module, BaseTunerLayer):
+                inside += (path + ".",)
+    return modules
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False)) or isinstance(module, BaseTunerLayer)

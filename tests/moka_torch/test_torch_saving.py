@@ -1,0 +1,163 @@
+"""Folders: exact names and shapes, bit-equal reloading, strict loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import moka_core
+from moka_core import AdapterError, plan_model
+from moka_core.adapter import expected_tensors
+from moka_torch import export_adapter, import_adapter
+from tests.moka_torch.conftest import logits, random_adapter
+from tests.moka_torch.test_torch_tuner import linear_dims
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIGS = {
+    "softmax": moka_core.MokaConfig(r=5, num_shapes=2, dropout=0.0, scaling="stable"),
+    "uniform, identity a": moka_core.MokaConfig(r=3, identity="a", gate="uniform", block_entries=16, dropout=0.1),
+    "identity b": moka_core.MokaConfig(
+        r=3, identity="b", zero_factor="a", block_entries=16, target_modules="all-linear"
+    ),
+}
+
+
+@pytest.fixture
+def folder(load, settings, tmp_path):
+    base = load()
+    import_adapter(base, random_adapter(base, settings)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_save_and_load(load, config, bits, tmp_path):
+    base = load(bits)
+    model = import_adapter(base, random_adapter(base, config)).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+
+    plans = plan_model(config, linear_dims(load()))
+    names = {
+        f"base_model.model.{path}.moka_{name}": shape
+        for path, plan in plans.items()
+        for name, shape in expected_tensors(plan, config).items()
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / WEIGHTS).items()} == names
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "MOKA"
+    assert written["format_version"] == 1
+    assert set(written["shapes"]) == {plan.key for plan in plans.values()}
+    assert isinstance(written["base_fingerprint"], str)
+    assert written["layers"] == {path: plan.key for path, plan in plans.items()}
+
+    loaded = PeftModel.from_pretrained(load(bits), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    cheap = PeftModel.from_pretrained(load(bits), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
+    assert torch.equal(logits(cheap.eval()), expected)
+
+
+def test_a_bfloat16_file_is_loaded_value_for_value(load, folder):
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    model = PeftModel.from_pretrained(load(), folder)
+    for path, layer in export_adapter(model).layers.items():
+        for name, array in layer.tensors():
+            assert torch.equal(torch.tensor(array), tensors[f"base_model.model.{path}.moka_{name}"].float())
+
+
+def test_strict_loading_lists_every_problem_at_once(load, folder):
+    tensors = load_file(folder / WEIGHTS)
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.moka_"
+    del tensors[layer + "factor_a.0"]
+    tensors[layer + "factor_a.9"] = torch.ones(2)
+    tensors[layer + "factor_b.0"] = tensors[layer + "factor_b.0"].transpose(0, 1).contiguous()
+    tensors[layer + "factor_b.1"] = tensors[layer + "factor_b.1"].half()
+    tensors[layer + "gate_logits"][1] = float("nan")
+    tensors["base_model.model.lm_head.moka_gate_logits"] = torch.ones(5)
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(96, 64)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterError) as caught:
+        PeftModel.from_pretrained(load(), folder)
+    where = "model.layers.0.self_attn.q_proj: "
+    assert str(caught.value).splitlines() == [
+        "adapter 'default' does not fit the model, nothing was loaded (7 problems):",
+        "  base_model.model.lm_head.moka_gate_logits: unexpected; the adapter has no such tensor",
+        "  base_model.model.model.embed_tokens.weight: unexpected; the adapter has no such tensor",
+        f"  {where}factor_b.0 expected shape (3, 8, 8), got (8, 3, 8)",
+        f"  {where}factor_b.1 expected dtype float32 or bfloat16, got float16",
+        f"  {where}gate_logits has NaN or infinite entries",
+        f"  {where}missing factor_a.0 (3, 8, 8)",
+        f"  {where}unexpected factor_a.9",
+    ]
+
+
+def test_a_rejected_state_dict_changes_nothing(load, settings):
+    base = load()
+    model = import_adapter(base, random_adapter(base, settings)).eval()
+    before = logits(model)
+    with pytest.raises(AdapterError, match="missing"):
+        set_peft_model_state_dict(model, {})
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 0}, "scale: expected a number other than 0"),
+        ({"gates": "softmax"}, "unknown 'gates' .did you mean 'gate'"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]},
+            "layers.1.mlp.up_proj: a target in this model, but",
+        ),
+        ({"target_modules": ["q_proj"]}, "no targeted layer is 32x64 or 64x128"),
+        ({"gate": "uniform"}, "unexpected gate_logits"),
+        ({"r": 6}, "expected 6 terms in all"),
+        ({"base_fingerprint": "0" * 64}, "trained on another base model: expected 0000000000000000"),
+        ({"layers": {"model.norm": "64x64"}}, "model.norm: the adapter has it, but it is no target in this model"),
+        ({"layers": ["model.norm"]}, "layers: expected"),
+        ({"format_version": 7}, "format_version: expected 1; got 7"),
+    ],
+    ids=str,
+)
+def test_a_changed_config_is_refused(load, folder, change, message):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(moka_core.MokaError, match=message):
+        PeftModel.from_pretrained(load(), folder)
+
+
+def test_two_adapters_on_one_model(load, settings, tmp_path):
+    """Two adapters of different kinds: each alone, both at once, and each saved without the other."""
+    other = CONFIGS["identity b"]
+    adapters = {"default": random_adapter(load(), settings, 1), "second": random_adapter(load(), other, 2)}
+    alone = {name: logits(import_adapter(load(), adapter).eval()) for name, adapter in adapters.items()}
+
+    model = import_adapter(load(), adapters["default"]).eval()
+    import_adapter(model, adapters["second"], "second")
+    model.eval()
+    assert torch.equal(logits(model), alone["default"])
+    model.set_adapter("second")
+    assert torch.equal(logits(model), alone["second"])
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.allclose(both, alone["default"])
+    assert not torch.allclose(both, alone["second"])
+
+    model.save_pretrained(tmp_path)
+    shutil.move(tmp_path / "second", tmp_path.parent / f"{tmp_path.name}-second")
+    loaded = PeftModel.from_pretrained(load(), tmp_path)
+    assert torch.equal(logits(loaded), alone["default"])
+    loaded.load_adapter(tmp_path.parent / f"{tmp_path.name}-second", "second")
+    loaded.eval()
+    assert torch.equal(logits(loaded), alone["default"])
+    loaded.base_model.set_adapter(["default", "second"])
+    assert torch.equal(logits(loaded), both)
+    loaded.delete_adapter("default")
+    assert torch.equal(logits(loaded), alone["second"])
