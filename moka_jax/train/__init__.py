@@ -1,0 +1,39 @@
+"""Training of adapters: examples, steps, checkpoints, metrics and the loop over them, for any NNX model."""
+
+from moka_jax.train.checkpoint import CheckpointError
+from moka_jax.train.config import (
+    AdapterSettings,
+    DataConfig,
+    OptimiserConfig,
+    TrainConfig,
+    merge_overrides,
+    parse_overrides,
+)
+from moka_jax.train.data import Dataset, Example, load_dataset
+from moka_jax.train.loop import TrainingError, TrainResult, train
+from moka_jax.train.metrics import plot_losses, read_metrics
+from moka_jax.train.saved import restore_adapter, saved_config
+from moka_jax.train.step import make_eval_step, make_optimiser, make_train_step
+
+__all__ = [
+    "AdapterSettings",
+    "CheckpointError",
+    "DataConfig",
+    "Dataset",
+    "Example",
+    "OptimiserConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "load_dataset",
+    "make_eval_step",
+    "make_optimiser",
+    "make_train_step",
+    "merge_overrides",
+    "parse_overrides",
+    "plot_losses",
+    "read_metrics",
+    "restore_adapter",
+    "saved_config",
+    "train",
+]

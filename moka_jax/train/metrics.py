@@ -1,0 +1,114 @@
+"""The metrics of a run: one JSON object a line, and a picture of the losses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from moka_core import DataError
+
+KINDS = ("data", "train", "eval")
+
+
+class MetricsLog:
+    """A metrics file that a run appends to.
+
+    Holds: every line is complete and on disk as far as the operating system is concerned; no step stands twice.
+
+    Args:
+        path: the file.
+        resume_from: keep the lines of steps up to this one; None starts the file anew.
+
+    Raises:
+        DataError: a line that should be kept is no metrics record.
+    """
+
+    def __init__(self, path: Path, *, resume_from: int | None) -> None:
+        self.path = path
+        kept = []
+        if resume_from is not None and path.exists():
+            kept = [r for r in read_metrics(path, allow_cut_end=True) if r["step"] <= resume_from]
+        self.records: list[dict[str, Any]] = kept
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(fresh, path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; its numbers must be finite."""
+        line = _line(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        self.records.append(dict(record))
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The newest record of a kind, if there is one."""
+        return next((record for record in reversed(self.records) if record["kind"] == kind), None)
+
+
+def read_metrics(path: str | Path, *, allow_cut_end: bool = False) -> list[dict[str, Any]]:
+    """The records of a metrics file, in order; each has at least "kind" and "step".
+
+    Args:
+        allow_cut_end: leave out a last line without an end, which a killed run can leave behind.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no record.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a metrics file that can be read; {error}") from error
+    lines = text.split("\n")
+    if lines[-1] and not allow_cut_end:
+        raise DataError(f"{path}:{len(lines)}: the last line is cut off; resume the run, or delete that line")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}; delete that line") from None
+        if not isinstance(record, dict) or record.get("kind") not in KINDS or not isinstance(record.get("step"), int):
+            raise DataError(
+                f"{path}:{number}: expected an object with a kind of {', '.join(KINDS)} and a step; got {line[:60]}"
+            )
+        records.append(record)
+    return records
+
+
+def plot_losses(metrics: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw the training and the held-out loss over the steps into an image file (.png, .svg, .pdf).
+
+    Args:
+        metrics: records of `read_metrics`.
+        path: the image; its ending chooses the format.
+
+    Raises:
+        DataError: there is no loss to draw.
+    """
+    records = list(metrics)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = 0
+    for kind, label, style in (("train", "training", "-"), ("eval", "held out", "o-")):
+        points = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+            drawn += len(points)
+    if not drawn:
+        raise DataError("plot_losses: expected at least one train or eval record; got none")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss per learned token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"

@@ -1,0 +1,378 @@
+"""The loop: what a run leaves behind, and that stopping, crashing and resuming change no bit of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from moka_core import ConfigError, DataError, MokaConfig
+from moka_jax import MokaParam
+from moka_jax.train import (
+    CheckpointError,
+    TrainingError,
+    TrainResult,
+    load_dataset,
+    make_eval_step,
+    plot_losses,
+    read_metrics,
+    train,
+)
+from moka_jax.train.data import eval_batches
+from moka_jax.train.interrupt import Interrupt
+from moka_jax.train.metrics import MetricsLog
+from tests.moka_jax.train_toys import (
+    ToyModel,
+    arrays,
+    make_config,
+    make_model,
+    make_tokenizer,
+    quick_compilation,
+    write_lines,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+def run(
+    folder: Path, on_step: Callable[..., None] | None = None, *, model: ToyModel | None = None, **changes: Any
+) -> tuple[TrainResult, ToyModel, str]:
+    """The result of a run, its model, and what it printed."""
+    folder.mkdir(exist_ok=True)
+    model = make_model() if model is None else model
+    console = Console(file=io.StringIO(), width=40)
+    result = train(model, make_tokenizer(), make_config(folder, **changes), on_step=on_step, console=console)
+    return result, model, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, ToyModel, str]:
+    """A run that was never stopped."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def losses(path: Path) -> list[tuple[Any, ...]]:
+    """Every record without what depends on the clock."""
+    names = ("kind", "step", "loss", "learning_rate", "grad_norm", "tokens")
+    return [tuple(record.get(name) for name in names) for record in read_metrics(path)]
+
+
+def assert_same_end(one: tuple[TrainResult, ToyModel, str], other: tuple[TrainResult, ToyModel, str]) -> None:
+    assert losses(one[0].metrics) == losses(other[0].metrics)
+    for a, b in zip(arrays(nnx.state(one[1])), arrays(nnx.state(other[1])), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    result, _, printed = whole
+    records = read_metrics(result.metrics)
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("data", 0),
+        ("data", 0),
+        ("eval", 0),
+        *(("train", step) for step in (1, 2, 3)),
+        ("eval", 3),
+        *(("train", step) for step in (4, 5, 6)),
+        ("eval", 6),
+        ("train", 7),
+        ("eval", 7),
+    ]
+    held = [record["loss"] for record in records if record["kind"] == "eval"]
+    assert held[-1] < held[0]
+    assert (result.step, result.interrupted, result.resumed_from) == (7, False, None)
+    assert (result.train_loss, result.eval_loss) == (records[-2]["loss"], held[-1])
+    assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(records[3])
+    seconds = [record["seconds"] for record in records[2:]]
+    assert seconds == sorted(seconds)
+    assert sorted(path.name for path in result.checkpoints.iterdir()) == ["4", "7"]
+    lines = printed.splitlines()  # plain lines, not wrapped at the console's 40 columns
+    assert "train.jsonl: 13 examples, 201 of 581 tokens learned, longest 60, 0 cut at data.max_length 96" in lines[0]
+    assert any(line.startswith("step 5/7  loss ") and "tokens/s" in line and "left 0:" in line for line in lines)
+    assert lines[-1] == f"step 7/7  held-out loss {held[-1]:.4f}"
+
+
+def test_the_model_holds_the_adapter_that_was_evaluated_last(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    result, model, _ = whole
+    data = load_dataset(result.metrics.parent.parent / "eval.jsonl", make_tokenizer())
+    total, count = 0.0, 0
+    for example in data.examples:  # one by one, without batches or padding
+        scores = jax.nn.log_softmax(model(jnp.asarray(example.tokens[None, :-1]))[0])
+        picked = np.asarray(scores)[np.arange(len(scores)), example.tokens[1:]]
+        total -= picked[example.loss_mask[1:]].sum()
+        count += example.loss_mask.sum()
+    assert result.eval_loss == pytest.approx(total / count, rel=1e-5)
+    fresh = make_model()
+    assert all(
+        not np.array_equal(a, b)
+        for a, b in zip(arrays(nnx.state(fresh, MokaParam)), arrays(nnx.state(model, MokaParam)), strict=True)
+    )
+
+
+def test_interrupted_and_resumed_it_ends_the_same(tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]) -> None:
+    def press(step: int, *_: Any) -> None:
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    result, _, printed = run(tmp_path, press)
+    assert (result.step, result.interrupted) == (5, True)
+    assert "press Ctrl-C again to stop at once" in printed
+    assert "interrupted: checkpoint of step 5 saved; start again to go on from there" in printed
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = run(tmp_path, model=make_model(seed=4))  # the checkpoint's adapter, not this one, must win
+    assert resumed[0].resumed_from == 5
+    assert "going on from step 5 of 7" in resumed[2]
+    assert_same_end(resumed, whole)
+    again = run(tmp_path, model=make_model(seed=4))  # finished: nothing is left to do, and nothing changes
+    assert again[0].resumed_from == 7
+    assert_same_end(again, whole)
+
+
+def test_crashed_and_resumed_it_ends_the_same(tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]) -> None:
+    class PowerCut(Exception):
+        pass
+
+    def crash(step: int, *_: Any) -> None:
+        if step == 6:
+            raise PowerCut
+
+    model = make_model()
+    before = arrays(nnx.state(model))
+    with pytest.raises(PowerCut):
+        run(tmp_path, crash, model=model)
+    assert all(np.array_equal(a, b) for a, b in zip(before, arrays(nnx.state(model)), strict=True))
+    path = tmp_path / "run" / "metrics.jsonl"
+    assert read_metrics(path)[-1]["step"] == 6
+    with path.open("a") as file:
+        file.write('{"kind": "tra')  # a line that the crash cut off
+    resumed = run(tmp_path)
+    assert resumed[0].resumed_from == 4
+    assert_same_end(resumed, whole)
+
+
+def test_a_keyboard_interrupt_from_the_hook_stops_cleanly_during_an_evaluation(
+    tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]
+) -> None:
+    def press(step: int, *_: Any) -> None:
+        if step == 3:  # an evaluation is due after this step: it is skipped now and made up for later
+            raise KeyboardInterrupt
+
+    result, _, _ = run(tmp_path, press)
+    assert (result.step, result.interrupted) == (3, True)
+    assert [r["step"] for r in read_metrics(result.metrics) if r["kind"] == "eval"] == [0]
+    assert_same_end(run(tmp_path), whole)
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    asked = []
+    with Interrupt(lambda: asked.append(1)) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert asked == [1]
+
+
+def test_outside_of_the_main_thread_no_handler_is_set() -> None:
+    seen = []
+
+    def work() -> None:
+        with Interrupt(lambda: None) as interrupt:
+            seen.append(interrupt.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_the_hook_sees_every_step_and_the_adapter_of_that_step(tmp_path: Path) -> None:
+    seen: list[tuple[int, list[np.ndarray], float]] = []
+
+    def look(step: int, adapter: nnx.State, metrics: Any) -> None:
+        seen.append((step, arrays(adapter), float(metrics["loss"])))
+
+    changes = {"steps": 4, "log_every": 3, "eval_every": 50, "data": {"eval": None}}
+    result, model, printed = run(tmp_path, look, **changes)
+    assert [step for step, _, _ in seen] == [1, 2, 3, 4]
+    records = [record for record in read_metrics(result.metrics) if record["kind"] == "train"]
+    assert [(record["step"], record["loss"]) for record in records] == [(n, seen[n - 1][2]) for n in (3, 4)]
+    assert result.eval_loss is None
+    assert "held-out" not in printed
+    assert all(np.array_equal(a, b) for a, b in zip(seen[-1][1], arrays(nnx.state(model, MokaParam)), strict=True))
+    assert not np.array_equal(seen[0][1][0], seen[1][1][0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser": {"learning_rate": 0.01}}, "optimiser.learning_rate: the checkpoint has 0.02, this run 0.01"),
+        ({"steps": 9}, "steps: the checkpoint has 7, this run 9"),
+        ({"accumulate": 1, "batch_size": 6}, "2 settings differ"),
+        ({"data": {"max_length": 40}}, "data.max_length: the checkpoint has 96, this run 40"),
+    ],
+)
+def test_a_run_with_another_meaning_does_not_resume(
+    whole: tuple[TrainResult, ToyModel, str], changes: dict[str, Any], message: str
+) -> None:
+    before = whole[0].metrics.read_text()
+    with pytest.raises(CheckpointError, match=message):
+        run(whole[0].metrics.parent.parent, **changes)
+    assert whole[0].metrics.read_text() == before
+
+
+def test_other_data_or_another_base_do_not_resume(tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]) -> None:
+    folder = whole[0].metrics.parent.parent
+    other = write_lines(tmp_path / "other.jsonl", [{"text": "something else"}])
+    with pytest.raises(CheckpointError, match=r'training examples: the checkpoint has "[0-9a-f]{64}", this run "'):
+        run(folder, data={"train": other})
+    with pytest.raises(CheckpointError, match=r"held-out examples: the checkpoint has "):
+        run(folder, data={"eval": other})
+    model = make_model()
+    model.base_fingerprint = "f" * 64
+    with pytest.raises(CheckpointError, match=r'base model: the checkpoint has null, this run "ffff'):
+        run(folder, model=model)
+
+
+def test_another_cadence_resumes(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    changes = {"eval_every": 2, "checkpoint_every": 1, "keep_checkpoints": 5, "log_every": 2}
+    assert run(whole[0].metrics.parent.parent, **changes)[0].resumed_from == 7
+
+
+def test_a_constant_rate_can_go_on_for_longer_but_not_back(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"optimiser": {"schedule": "constant"}, "data": {"eval": None}, "eval_every": 100}
+    run(tmp_path, steps=4, **changes)
+    longer = run(tmp_path, steps=6, **changes)
+    assert (longer[0].resumed_from, longer[0].step) == (4, 6)
+    with pytest.raises(CheckpointError, match=r"6: expected a step up to steps: 5; raise steps"):
+        run(tmp_path, steps=5, **changes)
+    straight = run(tmp_path / "straight", steps=6, **changes)
+    assert_same_end(longer, straight)
+
+
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"this model has no adapter; attach one first"):
+        run(tmp_path, model=ToyModel(261))
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl: token [0-9]+ is beyond the model's vocabulary of 100"):
+        run(tmp_path, model=make_model(vocabulary=100))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    model = make_model()
+    state = nnx.state(model, MokaParam)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * jnp.inf, state))
+    with pytest.raises(TrainingError, match=r"step 1: loss is nan; lower optimiser.learning_rate"):
+        run(tmp_path, model=model, data={"eval": None})
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    with pytest.raises(TrainingError, match=r"step 0: the held-out loss is nan"):
+        run(tmp_path / "held", model=model)
+
+
+def test_evaluation_weighs_tokens_and_not_batches(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    result, model, _ = whole
+    data = load_dataset(result.metrics.parent.parent / "eval.jsonl", make_tokenizer())
+    graphdef, adapter, frozen = nnx.split(model, MokaParam, ...)
+    step = make_eval_step(graphdef)
+    parts = [[float(x) for x in step(adapter, frozen, batch)] for batch in eval_batches(data, batch_size=3)]
+    weighted = sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
+    plain = sum(loss / tokens for loss, tokens in parts) / len(parts)
+    assert result.eval_loss == pytest.approx(weighted, rel=1e-6)
+    assert abs(weighted - plain) > 1e-5
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    config = make_config(tmp_path, steps=3, optimiser={"warmup_steps": 0})
+    train(make_model(), make_tokenizer(), config, console=console)
+    printed = console.file.getvalue()
+    assert "3/3" in printed
+    assert "tokens/s" in printed
+    assert "held-out loss" in printed
+    assert "step 3/3  loss" not in printed
+
+
+RECORDS = [{"kind": "train", "step": s, "loss": 3.0 / s} for s in (1, 2, 3)] + [
+    {"kind": "eval", "step": 3, "loss": 2.0}
+]
+
+
+def test_metrics_of_later_steps_are_dropped_on_resuming(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, resume_from=None)
+    for record in RECORDS:
+        log.append(record)
+    assert read_metrics(path) == RECORDS
+    resumed = MetricsLog(path, resume_from=2)
+    assert read_metrics(path) == RECORDS[:2] == resumed.records
+    assert resumed.last("train") == RECORDS[1]
+    assert resumed.last("eval") is None
+    assert MetricsLog(path, resume_from=None).records == []
+    assert path.read_text() == ""
+
+
+def test_a_number_that_is_not_finite_is_no_metric(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_from=None)
+    with pytest.raises(ValueError, match=r"Out of range float"):
+        log.append({"kind": "train", "step": 1, "loss": math.nan})
+    assert read_metrics(log.path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kind": "train", "step": 1}\n{oops}\n', "m.jsonl:2: not valid JSON: .*; delete that line"),
+        ('{"kind": "tram", "step": 1}\n', "m.jsonl:1: expected an object with a kind of data, train, eval and a step"),
+        ('{"kind": "train"}\n', "m.jsonl:1: expected an object with a kind"),
+        ("[1]\n", "m.jsonl:1: expected an object"),
+        ('{"kind": "train", "step": 1}', "m.jsonl:1: the last line is cut off; resume the run, or delete that line"),
+    ],
+)
+def test_a_bad_metrics_file_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_metrics(path)
+
+
+def test_missing_metrics_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"m.jsonl: expected a metrics file that can be read"):
+        read_metrics(tmp_path / "m.jsonl")
+
+
+def test_losses_are_drawn(tmp_path: Path) -> None:
+    plot_losses(RECORDS, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    plot_losses(RECORDS, tmp_path / "losses.svg")
+    plot_losses(RECORDS[:3], tmp_path / "train.svg")
+    # matplotlib draws text as shapes, but names it in comments
+    assert "<!-- held out -->" in (tmp_path / "losses.svg").read_text()
+    assert "<!-- held out -->" not in (tmp_path / "train.svg").read_text()
+    with pytest.raises(DataError, match=r"expected at least one train or eval record; got none"):
+        plot_losses([{"kind": "data", "step": 0}], tmp_path / "none.png")
+
+
+def test_the_config_is_readable_in_the_checkpoint(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    result = whole[0]
+    saved = json.loads((result.checkpoints / "7" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert saved["config"]["steps"] == 7
+    assert saved["format_version"] == 1
+    assert MokaConfig.from_dict({k: v for k, v in saved["config"]["adapter"].items() if k != "preset"}) == MokaConfig()
