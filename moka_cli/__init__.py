@@ -1,0 +1,1 @@
+"""The command `moka`: thin, and it imports the rooms only when a command needs them."""

@@ -1,0 +1,171 @@
+"""The command line: what each command takes, and how a failure ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from moka_core.errors import MokaError
+
+app = typer.Typer(
+    name="moka",
+    help="Adapt LLaMA-family models with mixtures of Kronecker adapters, in JAX and in PyTorch.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Quantise = Annotated[str, typer.Option(help="Base weights: nf4-double (as QLoRA), nf4, or none.")]
+
+
+@app.callback()
+def root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False) -> None:
+    """Each command has its own --help with an example."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("report"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps; 80 or more show a clear fall of the loss.")] = 100,
+) -> None:
+    """Fine-tune a real model in JAX, load the adapter in PyTorch, and prove that both agree.
+
+    Takes SmolLM2-135M in 4 bits, teaches it what the functions of Python's standard library do, exports the adapter,
+    loads it with plain PEFT on bitsandbytes, and prints a report. No model hub is needed. Stop it with Ctrl-C and
+    start it again: it goes on where it was.
+
+    [dim]Example: moka demo --output report[/dim]
+    """
+    from moka_cli.demo import run_demo
+
+    run_demo(output, steps=steps)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as key.sub=value.")] = None,
+) -> None:
+    """Train an adapter in JAX, or go on with a run that was stopped.
+
+    [dim]Example: moka train run.yaml steps=500 optimiser.learning_rate=5e-3[/dim]
+
+    A config has at least: base (a model folder), output, data.train (JSON lines with prompt/completion, messages or
+    text), optimiser.learning_rate, steps and batch_size. An unknown key is an error, with the nearest known one.
+    """
+    from moka_cli.train import run_train
+
+    run_train(config, overrides or [])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
+    out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
+) -> None:
+    """Write a run's newest adapter as a folder that both backends load, PEFT included.
+
+    [dim]Example: moka export runs/first adapters/first[/dim]
+    """
+    from moka_cli.train import run_export
+
+    run_export(run, out)
+
+
+@app.command()
+def parity(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    quantise: Quantise = "nf4-double",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the training comparison; 0 leaves it out.")] = 50,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+) -> None:
+    """Prove that JAX and PyTorch compute the same with an adapter; the exit status is 1 if they do not.
+
+    Compares packed and decoded weights, ΔW against the float64 oracle, logits, next tokens, gradients, and the
+    losses of identical optimiser steps, each with its bound.
+
+    [dim]Example: moka parity report/adapter --base report/base[/dim]
+    """
+    from moka_cli.parity import run_parity
+
+    run_parity(adapter, base, quantise=quantise, steps=steps, json_file=json_)
+
+
+@app.command()
+def generate(
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    prompt: Annotated[str, typer.Option(help="What to complete.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without one the base model answers.")] = None,
+    quantise: Quantise = "nf4-double",
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+) -> None:
+    """Complete a prompt greedily, in JAX.
+
+    [dim]Example: moka generate --base report/base --adapter report/adapter --prompt "What does math.gcd do?"[/dim]
+    """
+    from moka_cli.generate import run_generate
+
+    run_generate(base, prompt, adapter=adapter, quantise=quantise, max_new_tokens=max_new_tokens, raw=raw)
+
+
+@app.command()
+def params(
+    arch: Annotated[str, typer.Option(help="Name of an architecture (llama3-8b, …), or a model folder.")],
+    preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count trainable parameters and list the shapes of the factors; needs no weights.
+
+    [dim]Example: moka params --arch llama3-8b --preset paper --set r=20[/dim]
+    """
+    from moka_cli.params import run_params
+
+    run_params(arch, preset, set_ or [], as_json=json_)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; every failure ends with one message and a status other than 0."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")] if debug else arguments
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    status: Any
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        status = _interrupted()
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except click.exceptions.Exit as request:
+        status = request.exit_code
+    except KeyboardInterrupt:
+        status = _interrupted()
+    except MokaError as error:
+        status = _fail(str(error), debug=debug)
+    except Exception as error:  # noqa: BLE001  (the outermost boundary: nothing is hidden, --debug shows it all)
+        text = f"{type(error).__name__}: {error}"
+        status = _fail(f"{text}\n(not an error that moka foresaw; --debug shows where it came from)", debug=debug)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"moka: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _interrupted() -> int:
+    print("moka: interrupted", file=sys.stderr)
+    return 130
