@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,25 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
     target = Path(folder)
     if target.exists() and not overwrite:
         raise AdapterError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
-    if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
+    if target.exists() and not (target / CONFIG_FILE).is_file() and (target.is_file() or any(target.iterdir())):
         raise AdapterError(f"{target}: exists and is no adapter folder; it is left as it is, choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = draft.with_name(draft.name + ".old")
     try:
         draft.chmod(0o755)
         (draft / CONFIG_FILE).write_text(json.dumps(folder_config(adapter), indent=2, sort_keys=True) + "\n")
         save_file(folder_tensors(adapter), draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / WEIGHTS_FILE).chmod(0o644)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
+        if target.exists():  # set aside, and gone only once the new one stands
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
@@ -134,16 +141,16 @@ def folder_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
 
 def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except OSError:
         raise AdapterError(f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object; got {type(values).__name__}")
     if values.get("peft_type") != "MOKA":
         raise AdapterError(f"{path}: expected peft_type 'MOKA'; got {values.get('peft_type')!r}")
-    if values.get("format_version") != FORMAT_VERSION:
+    if type(values.get("format_version")) is not int or values["format_version"] != FORMAT_VERSION:
         raise AdapterError(
             f"{path}: expected format_version {FORMAT_VERSION}; got {values.get('format_version')!r}; "
             "a higher one needs a newer version of this package"
@@ -166,11 +173,18 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     return config, own
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    if twice:
+        raise ValueError(f"stands twice: {', '.join(twice)}")
+    return dict(pairs)
+
+
 def _layer_plans(config: MokaConfig, layers: Mapping[str, Any], path: Path) -> dict[str, LayerPlan]:
     plans = {plan.key: plan for plan in config.shapes}
-    unknown = [f"{name}: {key!r} does not stand in shapes" for name, key in layers.items() if key not in plans]
+    unknown = [f"{name}: {key!r} does not stand in shapes" for name, key in layers.items() if str(key) not in plans]
     raise_problems(unknown, f"{path}: layers")
-    return {name: plans[key] for name, key in layers.items()}
+    return {name: plans[str(key)] for name, key in layers.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -179,5 +193,5 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: expected a safetensors file; {error}") from error

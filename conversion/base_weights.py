@@ -132,9 +132,18 @@ class BaseFolder:
         return any(name.endswith(STATE_KEY) for name in self.files)
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor as it stands in the file."""
-        with safe_open(self.files[name], framework="np") as file:
-            return file.get_tensor(name)
+        """One tensor as it stands in the file.
+
+        Raises:
+            ModelError: there is none of that name, or its file cannot be read.
+        """
+        if name not in self.files:
+            raise ModelError(f"{self.folder}: has no tensor {name!r}")
+        try:
+            with safe_open(self.files[name], framework="np") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.files[name]}: expected a safetensors file with {name}; {error}") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,7 +159,8 @@ class BaseFolder:
         """(checkpoint name, value) of every tensor that our LLaMA has a place for; packed ones as one value.
 
         Raises:
-            ModelError: names that our LLaMA has no place for; all are listed.
+            ModelError: names that our LLaMA has no place for (all are listed); a weight that is not NF4 but
+                packed, or that cannot be packed.
         """
         names = [name for name in sorted(self.files) if not _is_part(name, self.files) and not _IGNORED.fullmatch(name)]
         if self.config.get("tie_word_embeddings") and "lm_head.weight" in names:
@@ -163,7 +173,11 @@ class BaseFolder:
         for name in names:
             if f"{name}.{STATE_KEY}" in self.files:
                 parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
-                yield name, from_bitsandbytes(name, {part: self.tensor(part) for part in parts if part in self.files})
+                state = {part: self.tensor(part) for part in parts if part in self.files}
+                try:
+                    yield name, from_bitsandbytes(name, state)
+                except ModelError as error:
+                    raise ModelError(f"{self.folder}: {error}") from error
                 continue
             value = self.tensor(name)
             if value.dtype == np.uint8:
@@ -171,7 +185,10 @@ class BaseFolder:
             place = flax_place(name)
             assert place is not None
             pack = place.packable and self.quantise != "none"
-            yield name, quantise_nf4(value, double=self.quantise == "nf4-double") if pack else value
+            try:
+                yield name, quantise_nf4(value, double=self.quantise == "nf4-double") if pack else value
+            except ModelError as error:
+                raise ModelError(f"{self.folder}: {name}: {error}") from error
 
     def flax_tensors(self) -> Iterator[tuple[FlaxPath, int | None, np.ndarray | Nf4Weight]]:
         """(path in our LLaMA, layer or None, value): linear weights (in, out) if dense, (out, in) if packed."""
@@ -215,7 +232,10 @@ def _tensor_files(root: Path) -> dict[str, Path]:
     index = root / "model.safetensors.index.json"
     single = root / "model.safetensors"
     if index.is_file():
-        shards = {name: root / shard for name, shard in _read_json(index).get("weight_map", {}).items()}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
+            raise ModelError(f'{index}: expected weight_map {{"tensor": "file beside this one", ...}}, at least one')
+        shards = {name: root / shard for name, shard in weight_map.items()}
         missing = sorted({str(path) for path in shards.values() if not path.is_file()})
         if missing:
             raise ModelError(f"{index} names shards that are not there: {', '.join(missing)}")
@@ -227,20 +247,24 @@ def _tensor_files(root: Path) -> dict[str, Path]:
     try:
         with safe_open(single, framework="np") as file:
             return dict.fromkeys(file.keys(), single)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{single}: expected a safetensors file; {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise ModelError(f"{path}: no such file; expected a Hugging Face model folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object; got {type(values).__name__}")
     return values
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and name != ".." and name == Path(name).name
 
 
 def _is_part(name: str, names: Mapping[str, Any]) -> bool:

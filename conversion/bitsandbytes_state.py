@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from moka_core import ModelError, Nf4Weight
-from moka_core.nf4 import BLOCK, NESTED_BLOCK, NF4_LEVELS, NestedScales
+from moka_core.nf4 import BLOCK, DTYPES, NESTED_BLOCK, NF4_LEVELS, NestedScales
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
 
 
@@ -35,9 +36,11 @@ def from_bitsandbytes(name: str, tensors: Mapping[str, np.ndarray]) -> Nf4Weight
         found = sorted(key for key in tensors if key.startswith(f"{name}."))
         raise ModelError(f"{name}: expected {STATE_KEY} beside it (NF4); found {', '.join(found) or 'nothing'}")
     try:
-        state: dict[str, Any] = json.loads(parts[STATE_KEY].tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        state: Any = json.loads(parts[STATE_KEY].tobytes())
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{name}.{STATE_KEY}: expected JSON; {error}") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{name}.{STATE_KEY}: expected a JSON object; got {state!r}")
     nested = "nested_absmax" in parts
     needed = {"absmax", "quant_map"} | ({"nested_quant_map"} if nested else set())
     problems = [f"missing {name}.{suffix}" for suffix in sorted(needed - set(parts))]
@@ -51,10 +54,13 @@ def from_bitsandbytes(name: str, tensors: Mapping[str, np.ndarray]) -> Nf4Weight
         if state.get(key) != want:
             problems.append(f"{key}: expected {want!r}, got {state.get(key)!r}")
     shape: Any = state.get("shape")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         problems.append(f"shape: expected [out, in], got {shape!r}")
-    if nested and not isinstance(state.get("nested_offset"), (int, float)):
-        problems.append(f"nested_offset: expected a number, got {state.get('nested_offset')!r}")
+    offset: Any = state.get("nested_offset")
+    if nested and not (type(offset) in (int, float) and abs(offset) <= _FLOAT32_MAX):
+        problems.append(f"nested_offset: expected a finite number, got {offset!r}")
+    if state.get("dtype") not in DTYPES:
+        problems.append(f"dtype: expected {', '.join(DTYPES)}, got {state.get('dtype')!r}")
     if not problems and not np.array_equal(parts["quant_map"].reshape(-1), NF4_LEVELS):
         problems.append("quant_map: expected the 16 levels of NF4, got others")
     if problems:
@@ -65,14 +71,14 @@ def from_bitsandbytes(name: str, tensors: Mapping[str, np.ndarray]) -> Nf4Weight
             codes=parts["absmax"].reshape(-1),
             absmax=parts["nested_absmax"].reshape(-1),
             levels=parts["nested_quant_map"].reshape(-1),
-            offset=np.float32(state["nested_offset"]),
+            offset=np.float32(offset),
         )
-    return Nf4Weight(
-        shape=(shape[0], shape[1]),
-        codes=tensors[name].reshape(-1),
-        scales=scales,
-        dtype=str(state.get("dtype", "float32")),
-    )
+    try:
+        return Nf4Weight(
+            shape=(shape[0], shape[1]), codes=tensors[name].reshape(-1), scales=scales, dtype=state["dtype"]
+        )
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
 
 
 def to_bitsandbytes(name: str, weight: Nf4Weight) -> dict[str, np.ndarray]:

@@ -243,11 +243,11 @@ def _print(
         shown = {when: str(tokenizer.decode(summary["completions"][when][prompt])) for when in ("before", "after")}
         console.print(f"\n[bold]{prompt}[/bold]")
         for when, text in (*shown.items(), ("docstring", pair["completion"])):
-            console.print(f"  [dim]{when:>9}:[/dim] {' '.join(text.split())}", highlight=False)
+            console.print(f"  [dim]{when:>9}:[/dim] {' '.join(text.split())}", highlight=False, soft_wrap=True)
     console.print()
     console.print(parity_table(report))
     files = "report.json, loss.png, gates.png, adapter/, run/metrics.jsonl"
-    console.print(f"{output}/: {files}", highlight=False)
+    console.print(f"{output}/: {files}", highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:

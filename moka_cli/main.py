@@ -6,9 +6,8 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
-import click
 import typer
 
 from moka_core.errors import MokaError
@@ -139,33 +138,17 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")] if debug else arguments
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    status: Any
     try:
-        status = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Abort:
-        status = _interrupted()
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except click.exceptions.Exit as request:
-        status = request.exit_code
-    except KeyboardInterrupt:
-        status = _interrupted()
+        app(args=arguments, prog_name="moka")
     except MokaError as error:
-        status = _fail(str(error), debug=debug)
+        _fail(str(error), debug=debug)
     except Exception as error:  # noqa: BLE001  (the outermost boundary: nothing is hidden, --debug shows it all)
         text = f"{type(error).__name__}: {error}"
-        status = _fail(f"{text}\n(not an error that moka foresaw; --debug shows where it came from)", debug=debug)
-    sys.exit(status if isinstance(status, int) else 0)
+        _fail(f"{text}\n(not an error that moka foresaw; --debug shows where it came from)", debug=debug)
 
 
-def _fail(message: str, *, debug: bool) -> int:
+def _fail(message: str, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     print(f"moka: error: {message}", file=sys.stderr)
-    return 1
-
-
-def _interrupted() -> int:
-    print("moka: interrupted", file=sys.stderr)
-    return 130
+    sys.exit(1)

@@ -25,7 +25,9 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
     result = train_from_config(config, console)
     if result.interrupted:
         raise KeyboardInterrupt
-    console.print(f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER", highlight=False)
+    console.print(
+        f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER", highlight=False, soft_wrap=True
+    )
 
 
 def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
@@ -47,9 +49,8 @@ def run_export(run: Path, out: Path) -> None:
     model, step = trained_model(run)
     adapter = export_adapter(model)
     save_adapter(adapter, out)
-    Console().print(
-        f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers, after step {step}", highlight=False
-    )
+    told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers, after step {step}"
+    Console().print(told, highlight=False, soft_wrap=True)
 
 
 def trained_model(run: Path) -> tuple[Llama, int]:

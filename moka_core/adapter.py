@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from moka_core.errors import AdapterError
 from moka_core.plan import LayerPlan, plan_layer
 
 DTYPES = ("float32", "bfloat16")
+_PATH = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,13 +100,18 @@ class Adapter:
         """This adapter, if it is sound.
 
         Raises:
-            AdapterError: no layers; a plan other than the config's; arrays missing, unexpected,
-                mis-shaped, of another dtype, or not finite. One error lists them all.
+            AdapterError: no layers; a layer's name that is no dotted path; a plan other than the config's;
+                arrays missing, unexpected, mis-shaped, of another dtype, or not finite. One error lists them all.
         """
         problems = []
         if not self.layers:
             problems.append("expected at least one layer, got none")
+        for name, value in (("base_fingerprint", self.base_fingerprint), ("base_model", self.base_model)):
+            if value is not None and not isinstance(value, str):
+                problems.append(f"{name}: expected a string or None, got {value!r}")
         for path, layer in self.layers.items():
+            if not isinstance(path, str) or not _PATH.fullmatch(path):
+                problems.append(f"{path!r}: expected a layer's dotted path")
             plan = plan_layer(self.config, layer.plan.out_features, layer.plan.in_features)
             if plan != layer.plan:
                 problems.append(f"{path}: its shapes are not those that the config gives to a {plan.key} layer")

@@ -140,4 +140,4 @@ def architecture(name: str) -> Architecture:
     except KeyError:
         near = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"unknown architecture {name!r}{hint} Known: {', '.join(ARCHITECTURES)}") from None
+        raise ModelError(f"unknown architecture {name!r}{hint or ';'} known: {', '.join(ARCHITECTURES)}") from None

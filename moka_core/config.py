@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "zero_factor": ("a", "b"),
     "identity": ("none", "a", "b"),
 }
+# "OUTxIN"; nine digits at most, so that a number from a file cannot keep the search for divisors busy
+_DIMS = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class MokaConfig:
                 raise ConfigError(f"{name}: expected a whole number >= 1; got {value!r}")
         for name in ("scale", "dropout"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise ConfigError(f"{name}: expected a finite number; got {value!r}")
         if self.scale == 0:
             raise ConfigError("scale: expected a number other than 0; 0 would switch the adapter off for good")
@@ -96,7 +99,7 @@ class MokaConfig:
         if not isinstance(targets, str):
             if not isinstance(targets, Iterable) or isinstance(targets, Mapping):
                 raise ConfigError(f"target_modules: expected names or one regular expression; got {targets!r}")
-            targets = tuple(targets)
+            targets = tuple(sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets)
             if any(not isinstance(target, str) for target in targets):
                 raise ConfigError(f"target_modules: expected strings; got {targets!r}")
             object.__setattr__(self, "target_modules", targets)
@@ -104,6 +107,9 @@ class MokaConfig:
             raise ConfigError(
                 f"target_modules: expected at least one name, none of them empty; got {self.target_modules!r}"
             )
+        if not isinstance(self.shapes, (list, tuple)) or any(not isinstance(plan, LayerPlan) for plan in self.shapes):
+            raise ConfigError(f"shapes: expected LayerPlans; got {self.shapes!r}")
+        object.__setattr__(self, "shapes", tuple(self.shapes))
         dims = [plan.key for plan in self.shapes]
         for plan in self.shapes:
             plan.check_identity(self.identity)
@@ -133,10 +139,8 @@ class MokaConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         check_keys(values, known, where="MokaConfig")
         arguments = dict(values)
-        arguments["shapes"] = plans_from_dict(arguments.get("shapes") or {})
-        targets = arguments.get("target_modules")
-        if targets is not None and not isinstance(targets, (str, tuple)):
-            arguments["target_modules"] = tuple(targets) if isinstance(targets, (list, set)) else targets
+        if "shapes" in arguments:
+            arguments["shapes"] = plans_from_dict({} if arguments["shapes"] is None else arguments["shapes"])
         return cls(**arguments)
 
 
@@ -150,23 +154,25 @@ def plans_from_dict(shapes: Mapping[str, Any]) -> tuple[LayerPlan, ...]:
         raise ConfigError(f'shapes: expected {{"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}}; got {shapes!r}')
     plans = []
     for key, rows in shapes.items():
-        out_text, _, in_text = str(key).partition("x")
-        if not (out_text.isdecimal() and in_text.isdecimal()):
+        found = _DIMS.fullmatch(str(key))
+        if found is None:
             raise ConfigError(f'shapes: expected a key such as "4096x1024" (out x in); got {key!r}')
         if not isinstance(rows, (list, tuple)):
             raise ConfigError(f"shapes[{key}]: expected a list of [copies, a_out, a_in, b_out, b_in]; got {rows!r}")
         groups = tuple(ShapeGroup.from_list(row, where=f"shapes[{key}]") for row in rows)
-        plans.append(LayerPlan(out_features=int(out_text), in_features=int(in_text), groups=groups))
+        plans.append(LayerPlan(out_features=int(found[1]), in_features=int(found[2]), groups=groups))
     return tuple(plans)
 
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
     """Raise a ConfigError that names every unknown key with the nearest known one."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected names and their values; got {values!r}")
     known = list(known)
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(set(values) - set(known), key=str)
     if unknown:
         hints = []
         for key in unknown:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         raise ConfigError(f"{where}: unknown {', '.join(hints)}; known: {', '.join(known)}")

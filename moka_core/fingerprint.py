@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from moka_core.errors import ModelError
 
 _NUMBERS = (
     "hidden_size",
@@ -29,14 +32,19 @@ def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarra
     Args:
         hf_config: the fields of the model's `config.json`.
         norms: every norm weight, float32, by its name in a Hugging Face checkpoint.
+
+    Raises:
+        ModelError: the rotary settings are no mapping, or their rope_theta is no positive number.
     """
     digest = hashlib.sha256()
     numbers: dict[str, Any] = {name: hf_config.get(name) for name in _NUMBERS}
     heads = numbers["num_attention_heads"]
-    if numbers["head_dim"] is None and numbers["hidden_size"] and heads:
+    if numbers["head_dim"] is None and isinstance(numbers["hidden_size"], int) and isinstance(heads, int) and heads:
         numbers["head_dim"] = numbers["hidden_size"] // heads
     if numbers["num_key_value_heads"] is None:
         numbers["num_key_value_heads"] = heads
+    if numbers["rms_norm_eps"] is None:
+        numbers["rms_norm_eps"] = 1e-6  # what transformers takes where config.json is silent
     numbers["rope"] = _rope(hf_config)
     digest.update(json.dumps(numbers, sort_keys=True).encode())
     for name in sorted(norms):
@@ -49,9 +57,14 @@ def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarra
 def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings under one spelling: transformers 5 nests them, earlier versions do not."""
     nested = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping):
+        raise ModelError(f"config.json: expected the rotary settings to be a JSON object; got {nested!r}")
     rope = {key: value for key, value in nested.items() if key not in ("type", "rope_type") and value is not None}
     rope.setdefault("rope_theta", hf_config.get("rope_theta") or 10000.0)
-    rope["rope_theta"] = float(rope["rope_theta"])
+    theta = rope["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= sys.float_info.max:
+        raise ModelError(f"config.json: rope_theta: expected a positive number; got {theta!r}")
+    rope["rope_theta"] = float(theta)
     rope["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
     return rope
 

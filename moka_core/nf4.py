@@ -20,6 +20,7 @@ from moka_core.errors import ModelError
 
 BLOCK = 64
 NESTED_BLOCK = 256
+DTYPES = ("float32", "bfloat16", "float16")
 
 NF4_LEVELS = np.array(
     [
@@ -71,7 +72,8 @@ class Nf4Weight:
     the same doubly quantised. dtype is what the weight was before, and what a checkpoint says of it.
 
     Raises:
-        ModelError: an array has another dtype, shape or size than the weight's shape asks for.
+        ModelError: an array has another dtype, shape or size than the weight's shape asks for, or a scale
+            is not finite.
     """
 
     shape: tuple[int, int]
@@ -96,6 +98,10 @@ class Nf4Weight:
             for name, array, dtype, size in expected
             if array.dtype != dtype or array.shape != (size,)
         ]
+        if not problems:
+            problems = [f"{name}: has NaN or infinite entries" for name, array, *_ in expected if _not_finite(array)]
+            if isinstance(self.scales, NestedScales) and not math.isfinite(self.scales.offset):
+                problems.append(f"nested offset: expected a finite number, got {self.scales.offset}")
         if problems:
             raise ModelError(f"NF4 weight of shape {self.shape}: " + "; ".join(problems))
 
@@ -125,14 +131,14 @@ def quantise_nf4(weight: np.ndarray, *, double: bool = True) -> Nf4Weight:
             (2.1 million weights).
 
     Raises:
-        ModelError: the weight is not a matrix, or has NaN or infinite entries.
+        ModelError: the weight is not a matrix, is empty, or has NaN or infinite entries.
 
     >>> w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
     >>> bool(abs(dequantise_nf4(quantise_nf4(w)) - w).max() < 0.16)
     True
     """
-    if weight.ndim != 2:
-        raise ModelError(f"NF4: expected a matrix (out, in); got shape {weight.shape}")
+    if weight.ndim != 2 or not weight.size:
+        raise ModelError(f"NF4: expected a matrix (out, in) with entries; got shape {weight.shape}")
     flat = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1)
     if not np.isfinite(flat).all():
         raise ModelError(f"NF4: weight of shape {weight.shape} has NaN or infinite entries")
@@ -149,7 +155,9 @@ def quantise_nf4(weight: np.ndarray, *, double: bool = True) -> Nf4Weight:
         codes = np.append(codes, np.uint8(7))  # the code of 0, which pads an odd count
     packed = (codes[0::2] << 4) | codes[1::2]
     shape = (weight.shape[0], weight.shape[1])
-    return Nf4Weight(shape=shape, codes=packed, scales=_quantise_scales(absmax) if double else absmax)
+    scales = _quantise_scales(absmax) if double else absmax
+    dtype = str(weight.dtype) if str(weight.dtype) in DTYPES else "float32"
+    return Nf4Weight(shape=shape, codes=packed, scales=scales, dtype=dtype)
 
 
 def dequantise_nf4(weight: Nf4Weight) -> np.ndarray:
@@ -161,6 +169,10 @@ def dequantise_nf4(weight: Nf4Weight) -> np.ndarray:
     decoded = weight.scales.decoded() if isinstance(weight.scales, NestedScales) else weight.scales
     scales = np.repeat(decoded, BLOCK)[:entries]
     return (NF4_LEVELS[codes[:entries]] * scales).reshape(weight.shape)
+
+
+def _not_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" and not np.isfinite(array).all()
 
 
 @cache
@@ -202,8 +214,9 @@ def _quantise_scales(scales: np.ndarray) -> NestedScales:
     grid = np.zeros((blocks, NESTED_BLOCK), np.float32)
     grid.reshape(-1)[: scales.size] = scales - offset
     absmax = np.abs(grid).max(axis=1)
-    inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax != 0)
-    scaled = np.clip(grid * inverse[:, None], np.float32(-1), np.float32(1))
+    with np.errstate(over="ignore", invalid="ignore"):  # subnormal absmax: the inverse is infinite, 0·inf counts as -1
+        inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax != 0)
+        scaled = np.clip(np.nan_to_num(grid * inverse[:, None], nan=-1.0), np.float32(-1), np.float32(1))
     index = ((scaled + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)).astype(np.uint16)
     codes = np.where(absmax[:, None] == 0, np.uint8(0), _scale_table()[index])
     return NestedScales(codes=codes.reshape(-1)[: scales.size], absmax=absmax, levels=dynamic_levels(), offset=offset)
@@ -211,7 +224,7 @@ def _quantise_scales(scales: np.ndarray) -> NestedScales:
 
 def _sum_in_torch_order(values: np.ndarray) -> np.float32:
     """The float32 sum in the order in which torch adds on one thread: 8 lanes, 4 rows at once, in cascades."""
-    lanes, rows = 8, 4
+    lanes, rows = 8 if values.size >= 8 else 1, 4  # fewer than a vector's worth are added one by one, in 4 rows
     vectors = values[: values.size // lanes * lanes].reshape(-1, lanes)
     steps = len(vectors) // rows
     grid = vectors[: steps * rows].reshape(steps, rows, lanes)

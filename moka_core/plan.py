@@ -199,8 +199,11 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
     identity factor all r terms share one block shape.
 
     Raises:
-        ConfigError: the layer has no dimensions to factorise.
+        ConfigError: a dimension of the layer is no positive whole number.
     """
+    for name, value in (("out_features", out_features), ("in_features", in_features)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"layer {out_features}x{in_features}: expected {name} to be a whole number >= 1")
     for plan in config.shapes:
         if (plan.out_features, plan.in_features) == (out_features, in_features):
             return plan
@@ -252,10 +255,15 @@ def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dic
     return {path: plan_layer(config, *dims) for path, dims in layers.items() if matches(targets, path)}
 
 
+def lora_parameters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int) -> int:
+    """Trainable parameters of a LoRA of that rank on the same layers, for comparison: Σ rank·(out + in)."""
+    return sum(rank * (out + in_) for path, (out, in_) in layers.items() if matches(targets, path))
+
+
 def _no_match(target: str, layers: Iterable[str]) -> str:
     leaves = sorted({path.rpartition(".")[2] for path in layers})
     near = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "nothing there has a similar name"
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "nothing there has a similar name."
     names = ", ".join(leaves) if leaves else "none at all"
     return f"target_modules: {target!r} matches no linear layer of this model; {hint} Its linear layers: {names}"
 

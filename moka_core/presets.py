@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from moka_core.architecture import Architecture
-from moka_core.config import MokaConfig
+from moka_core.config import MokaConfig, check_keys
 from moka_core.errors import ConfigError
 
 PAPER = MokaConfig()
@@ -29,11 +29,12 @@ def preset(name: str, model: Architecture | None = None, **overrides: Any) -> Mo
         overrides: fields of `MokaConfig` to set otherwise.
 
     Raises:
-        ConfigError: the name is unknown, or "paper-s" came without a model.
+        ConfigError: the name is unknown, "paper-s" came without a model, or an override is no field.
 
     >>> preset("paper").r
     10
     """
+    check_keys(overrides, [field.name for field in dataclasses.fields(MokaConfig)], where="preset overrides")
     if name == "paper":
         config = PAPER
     elif name == "paper-s":
@@ -44,5 +45,5 @@ def preset(name: str, model: Architecture | None = None, **overrides: Any) -> Mo
     else:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown preset {name!r}{hint} Known: {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}{hint or ';'} known: {', '.join(PRESETS)}")
     return dataclasses.replace(config, **overrides) if overrides else config

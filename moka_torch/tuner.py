@@ -83,7 +83,7 @@ class MokaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MokaPeftType.MOKA
-        if self.format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version: expected {FORMAT_VERSION}; got {self.format_version!r}. A later version of moka "
                 "wrote this adapter; upgrade moka to read it."

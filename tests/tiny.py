@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cases import random_factors
 from conversion import BaseFolder
 from moka_core import Adapter, MokaConfig, plan_model
 from moka_core.architecture import Architecture
+from tests.cases import random_factors
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0, **fields) -> Path:

@@ -1,0 +1,183 @@
+"""The command line from a config to an adapter that both backends agree on, and how its failures end."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from conversion import load_adapter, open_base, save_adapter
+from moka_cli.main import main
+from moka_core import MokaConfig
+from tests.moka_jax.train_toys import make_tokenizer
+from tests.tiny import random_adapter, save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save_tiny_llama(tmp_path_factory.mktemp("cli") / "base", vocab_size=320, max_position_embeddings=128)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """A config file of a short run, and its output folder."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, count in (("train", 24), ("eval", 5)):
+        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "base": str(base),
+        "output": str(folder / "out"),
+        "dtype": "float32",
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 96},
+        "optimiser": {"learning_rate": 0.01},
+        "steps": 6,
+        "batch_size": 4,
+        "eval_every": 3,
+        "checkpoint_every": 3,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
+    assert call("train", run / "run.yaml", "optimiser.warmup_steps=1") == 0
+    assert "moka export" in capsys.readouterr().out
+    assert call("export", run / "out", run / "adapter") == 0
+    assert "after step 6" in capsys.readouterr().out
+
+    adapter = load_adapter(run / "adapter")
+    assert adapter.base_fingerprint == open_base(base).fingerprint
+    assert all((array != 0).any() for layer in adapter.layers.values() for _, array in layer.tensors())
+
+    assert call("parity", run / "adapter", "--base", base, "--steps", 3, "--json", run / "parity.json") == 0
+    assert "both backends agree" in capsys.readouterr().out
+    assert json.loads((run / "parity.json").read_text())["passed"] is True
+
+    assert call("generate", "--base", base, "--adapter", run / "adapter", "--prompt", "add 3 3") == 0
+    assert capsys.readouterr().out.strip()
+
+    assert call("export", run / "out", run / "adapter") == 1
+    assert "expected a folder that does not exist yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arch", "preset", "trainable"),
+    [
+        ("llama2-7b", "paper", 5_243_520),
+        ("llama3-8b", "paper", 3_932_800),
+        ("llama2-7b", "paper-s", 4_195_328),
+        ("llama3-8b", "paper-s", 2_097_664),
+    ],
+)
+def test_params_prints_the_published_counts_as_json(capsys, arch, preset, trainable):
+    assert call("params", "--arch", arch, "--preset", preset, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["trainable"] == trainable
+    assert printed["arch"] == arch
+
+
+def test_params_reads_a_model_folder_and_takes_settings(base, capsys):
+    assert call("params", "--arch", base, "--set", "r=4", "--set", "gate=uniform", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["config"]["r"] == 4
+    assert sum(row[0] for row in printed["shapes"]["128x128"]) == 4
+    assert call("params", "--arch", base) == 0
+    assert "trainable parameters" in capsys.readouterr().out
+
+
+def test_parity_exits_with_1_and_names_the_stage_when_a_figure_exceeds_its_bound(base, tmp_path, capsys, monkeypatch):
+    import conversion.parity
+
+    config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj",))
+    save_adapter(random_adapter(open_base(base), config), tmp_path / "adapter")
+    monkeypatch.setattr(conversion.parity, "LOGITS_BOUND", 0.0)
+    assert call("parity", tmp_path / "adapter", "--base", base, "--steps", 0) == 1
+    assert "the backends disagree: logits" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
+    other = save_tiny_llama(tmp_path / "other", seed=3, vocab_size=320)
+    make_tokenizer().save_pretrained(other)
+    config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj",))
+    save_adapter(random_adapter(open_base(other), config), tmp_path / "adapter")
+    assert call("generate", "--base", base, "--adapter", tmp_path / "adapter", "--prompt", "hello") == 1
+    captured = capsys.readouterr()
+    assert "this adapter was trained on another base model" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["params", "--arch", "llama2-7c"], "unknown architecture 'llama2-7c'; did you mean llama2-7b"),
+        (["params", "--arch", "llama2-7b", "--preset", "papper"], "unknown preset 'papper'; did you mean 'paper'?"),
+        (["params", "--arch", "llama2-7b", "--set", "rr=2"], "unknown 'rr' (did you mean 'r'?)"),
+        (["params", "--arch", "llama2-7b", "--set", "target_modules=[q_pro]"], "did you mean 'q_proj'"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: expected a YAML file that can be read"),
+        (["export", "nowhere", "out"], "nowhere: expected the output folder of a training run"),
+        (["parity", "nowhere", "--base", "nowhere"], "nowhere: no such folder; expected a Hugging Face model folder"),
+        (["generate", "--base", "nowhere", "--prompt", "x"], "nowhere"),
+        (["demo", "--steps", "0"], "steps: expected at least 1; got 0"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_no_traceback(arguments, message, capsys):
+    assert call(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("moka: error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_model_folder_that_is_no_llama_is_refused_by_name(tmp_path, base, capsys):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    assert call("generate", "--base", folder, "--prompt", "x") == 1
+    assert "model_type 'bert' is not supported; supported: llama" in capsys.readouterr().err
+
+
+def test_a_prompt_beyond_the_context_is_refused(base, capsys):
+    assert call("generate", "--base", base, "--prompt", "word " * 60) == 1
+    assert "exceed the model's context of 128" in capsys.readouterr().err
+
+
+def test_a_wrong_option_ends_with_usage_and_status_2(capsys):
+    assert call("params", "--archh", "llama2-7b") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert call("params", "--arch", "nothing", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "export", "parity", "generate", "params"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    assert call(command, "--help") == 0
+    assert "Example: moka " + command in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unforeseen_failure_ends_with_one_message_too(monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise OSError("disk on fire")
+
+    monkeypatch.setitem(sys.modules, "moka_cli.params", type(sys)("moka_cli.params"))
+    monkeypatch.setattr(sys.modules["moka_cli.params"], "run_params", broken, raising=False)
+    assert call("params", "--arch", "llama2-7b") == 1
+    captured = capsys.readouterr()
+    assert "OSError: disk on fire" in captured.err
+    assert "Traceback" not in captured.err

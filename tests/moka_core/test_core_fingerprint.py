@@ -1,0 +1,149 @@
+"""The base fingerprint: equal for one model however it is held and spelled, different for another."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from moka_core import ModelError, base_fingerprint
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def norms(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(2)] + ["model.norm.weight"]
+    return {name: rng.uniform(0.5, 1.5, 64).astype(np.float32) for name in names}
+
+
+def digest(norm: dict[str, np.ndarray] | None = None, **changes: Any) -> str:
+    return base_fingerprint({**CONFIG, **changes}, norms() if norm is None else norm)
+
+
+def test_the_fingerprint_is_pinned_since_it_stands_in_saved_adapters() -> None:
+    ones = {"model.norm.weight": np.ones(64, np.float32)}
+    assert base_fingerprint(CONFIG, ones) == "abeb4eb04b573b693d319637cde9cc46096533380b2f6a7529274356e67e2563"
+
+
+def test_float32_and_bfloat16_norms_give_one_fingerprint() -> None:
+    halved = {name: weight.astype(ml_dtypes.bfloat16).astype(np.float32) for name, weight in norms().items()}
+    assert any((halved[name] != weight).any() for name, weight in norms().items())
+    assert digest(halved) == digest()
+
+
+def test_rounding_to_bfloat16_is_to_nearest_with_ties_to_even() -> None:
+    tie_down, tie_up = np.float32(1 + 2**-8), np.float32(1 + 3 * 2**-8)
+    for value in (tie_down, tie_up):
+        held = np.full(4, value, np.float32)
+        rounded = held.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert rounded[0] != value
+        assert base_fingerprint({}, {"norm": held}) == base_fingerprint({}, {"norm": rounded})
+
+
+def test_the_order_in_which_norms_are_read_does_not_matter() -> None:
+    assert digest(dict(reversed(norms().items()))) == digest()
+
+
+def changed_norm() -> dict[str, np.ndarray]:
+    values = norms()
+    values["model.norm.weight"][17] *= 1.01
+    return values
+
+
+def renamed_norm() -> dict[str, np.ndarray]:
+    values = norms()
+    first, second, last = values
+    return {first: values[second], second: values[first], last: values[last]}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: digest(changed_norm()), id="one norm weight"),
+        pytest.param(lambda: digest(renamed_norm()), id="two layers' norms exchanged"),
+        pytest.param(lambda: digest({"model.norm.weight": norms()["model.norm.weight"]}), id="a norm less"),
+        pytest.param(lambda: digest(rope_theta=10000.0), id="rope theta"),
+        pytest.param(lambda: digest(num_hidden_layers=3), id="layers"),
+        pytest.param(lambda: digest(num_key_value_heads=4), id="key heads"),
+        pytest.param(lambda: digest(rms_norm_eps=1e-6), id="epsilon"),
+        pytest.param(lambda: digest(rope_scaling=None), id="no rope scaling"),
+        pytest.param(lambda: digest(rope_scaling={**CONFIG["rope_scaling"], "factor": 32.0}), id="rope factor"),
+        pytest.param(lambda: digest(rope_scaling={**CONFIG["rope_scaling"], "rope_type": "yarn"}), id="rope type"),
+    ],
+)
+def test_another_model_has_another_fingerprint(other: Any) -> None:
+    assert other() != digest()
+
+
+def test_what_quantisation_and_saving_add_to_a_config_does_not_matter() -> None:
+    assert digest(quantization_config={"load_in_4bit": True}, torch_dtype="bfloat16", use_cache=False) == digest()
+
+
+@pytest.mark.parametrize("scaling", [CONFIG["rope_scaling"], None, {"type": "linear", "factor": 2.0}], ids=str)
+def test_rope_scaling_and_rope_parameters_spell_one_model(scaling: dict[str, Any] | None) -> None:
+    old = {**CONFIG, "rope_scaling": scaling}
+    new = {key: value for key, value in CONFIG.items() if key not in ("rope_scaling", "rope_theta")}
+    nested = {("rope_type" if key == "type" else key): value for key, value in (scaling or {}).items()}
+    new["rope_parameters"] = {"rope_type": "default", **nested, "rope_theta": 500000.0}
+    assert base_fingerprint(old, norms()) == base_fingerprint(new, norms())
+
+
+@pytest.mark.parametrize(
+    "scaling", [CONFIG["rope_scaling"], None, {"type": "linear", "factor": 2.0}], ids=["llama3", "none", "linear"]
+)
+def test_a_config_that_transformers_read_and_wrote_keeps_its_fingerprint(scaling: dict[str, Any] | None) -> None:
+    old = {**CONFIG, "rope_scaling": scaling}
+    rewritten = LlamaConfig(**{key: dict(v) if isinstance(v, dict) else v for key, v in old.items()}).to_dict()
+    assert "rope_parameters" in rewritten
+    assert base_fingerprint(old, norms()) == base_fingerprint(rewritten, norms())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("head_dim", 16), ("num_key_value_heads", 4), ("rope_theta", 10000.0), ("rms_norm_eps", 1e-6)],
+)
+def test_a_field_left_out_is_the_one_that_transformers_would_take(field: str, value: Any) -> None:
+    without = {key: v for key, v in CONFIG.items() if key != field}
+    assert base_fingerprint({**CONFIG, field: value}, norms()) == base_fingerprint(without, norms())
+    nothing = {**CONFIG, field: None}
+    assert base_fingerprint(nothing, norms()) == base_fingerprint(without, norms())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": "10000"}, "rope_theta: expected a positive number; got '10000'"),
+        ({"rope_theta": -1.0}, "rope_theta: expected a positive number; got -1.0"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a positive number; got 1000"),
+        ({"rope_scaling": "llama3"}, "expected the rotary settings to be a JSON object; got 'llama3'"),
+        ({"rope_scaling": [1]}, "expected the rotary settings to be a JSON object; got [1]"),
+    ],
+)
+def test_rotary_settings_that_are_none_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)):
+        digest(**changes)
+
+
+def test_numbers_that_are_none_give_a_digest_and_no_foreign_error() -> None:
+    assert len(base_fingerprint({"hidden_size": "64", "num_attention_heads": 0}, {})) == 64
