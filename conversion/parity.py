@@ -172,8 +172,10 @@ def token_batches(
 def _packed_rows(ours: Probe, theirs: Probe) -> Iterator[Row]:
     """Bit-equality of every part of every packed weight, and of the weights decoded from them."""
     mine = {name: (weight, decoded) for name, weight, decoded in ours.packed()}
-    layers, differing, where = set(), {"codes": 0, "absmax": 0, "decoded": 0}, dict.fromkeys(
-        ("codes", "absmax", "decoded"), ""
+    layers, differing, where = (
+        set(),
+        {"codes": 0, "absmax": 0, "decoded": 0},
+        dict.fromkeys(("codes", "absmax", "decoded"), ""),
     )
     for name, weight, decoded in theirs.packed():
         layers.add(name)

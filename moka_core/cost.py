@@ -18,8 +18,14 @@ EXECUTIONS = ("auto", "factored", "merged")
 _ENTRY_COST = 32
 
 
-def choose_execution(plan: LayerPlan, config: MokaConfig, tokens: int) -> Literal["factored", "merged"]:
+def choose_execution(
+    plan: LayerPlan, config: MokaConfig, tokens: int, *, own_product: bool = True
+) -> Literal["factored", "merged"]:
     """The execution that should take less time for this many tokens.
+
+    Args:
+        own_product: whether merged multiplies ΔW with the input; False where ΔW is added to a base weight
+            whose product is computed anyway.
 
     Time is counted as multiply-adds, plus a fixed price for each entry of an intermediate array: the factored
     way multiplies less but writes a_in·copies·b_out entries a token, the merged way writes ΔW once.
@@ -36,12 +42,13 @@ def choose_execution(plan: LayerPlan, config: MokaConfig, tokens: int) -> Litera
             inner = shape.b_in if config.identity == "a" else shape.a_in
             factored += tokens * out * (inner + _ENTRY_COST)
             merged += out * in_ * _ENTRY_COST
-    merged += tokens * out * (in_ + _ENTRY_COST)
+    if own_product:
+        merged += tokens * out * (in_ + _ENTRY_COST)
     return "factored" if factored <= merged else "merged"
 
 
 def resolve_execution(
-    execution: Execution, plan: LayerPlan, config: MokaConfig, tokens: int
+    execution: Execution, plan: LayerPlan, config: MokaConfig, tokens: int, *, own_product: bool = True
 ) -> Literal["factored", "merged"]:
     """`execution` itself, or for "auto" the choice of `choose_execution`.
 
@@ -50,4 +57,4 @@ def resolve_execution(
     """
     if execution not in EXECUTIONS:
         raise ConfigError(f"execution: expected one of {', '.join(EXECUTIONS)}; got {execution!r}")
-    return choose_execution(plan, config, tokens) if execution == "auto" else execution
+    return choose_execution(plan, config, tokens, own_product=own_product) if execution == "auto" else execution

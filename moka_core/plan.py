@@ -244,6 +244,7 @@ def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dic
 
     Raises:
         TargetError: a target matched no layer; the message lists near misses.
+        ConfigError: `config.shapes` states a plan for dimensions that no targeted layer has.
     """
     targets = config.target_modules
     if list(targets) == [ALL_LINEAR]:
@@ -252,7 +253,15 @@ def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dic
     for rule in rules:
         if not any(matches(rule, path) for path in layers):
             raise TargetError(_no_match(rule if isinstance(rule, str) else rule[0], layers))
-    return {path: plan_layer(config, *dims) for path, dims in layers.items() if matches(targets, path)}
+    plans = {path: plan_layer(config, *dims) for path, dims in layers.items() if matches(targets, path)}
+    used = {plan.key for plan in plans.values()}
+    unused = [plan.key for plan in config.shapes if plan.key not in used]
+    if unused:
+        raise ConfigError(
+            f"shapes: no targeted layer is {' or '.join(unused)} (out x in); the targeted layers are "
+            f"{', '.join(sorted(used))}. Take the plan out, or target such a layer."
+        )
+    return plans
 
 
 def lora_parameters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int) -> int:

@@ -13,8 +13,8 @@ from flax import nnx
 
 from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model
 from moka_core.adapter import raise_problems
+from moka_core.cost import Execution
 from moka_jax.linear import MokaLinear, base_weight
-from moka_jax.mixture import Execution
 from moka_jax.nf4 import Nf4Linear
 from moka_jax.stack import Stack
 
@@ -45,7 +45,8 @@ class Site:
 def linear_sites(model: nnx.Module) -> list[Site]:
     """Every linear layer of an NNX model, in the order of its paths; one inside a `MokaLinear` stands for both.
 
-    A layer of a `Stack` at path p is called p.0.…, p.1.…, as in a checkpoint that is not stacked.
+    A layer of a `Stack` at path p is called p.0.…, p.1.…, as in a checkpoint that is not stacked. A subclass of
+    `nnx.Linear` that computes something else (`nnx.LoRALinear`) is no linear layer.
     """
     modules: dict[tuple[Any, ...], nnx.Module] = dict(nnx.iter_modules(model))
     stacks = {path: module for path, module in modules.items() if isinstance(module, Stack)}
@@ -53,6 +54,8 @@ def linear_sites(model: nnx.Module) -> list[Site]:
     sites = []
     for path, module in modules.items():
         if not isinstance(module, (nnx.Linear, Nf4Linear, MokaLinear)) or path[:-1] in adapted:
+            continue
+        if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
             continue
         stack = next((prefix for prefix in stacks if path[: len(prefix) + 1] == (*prefix, "block")), None)
         if stack is None:
@@ -77,14 +80,14 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
         execution: see `MokaLinear`.
 
     Raises:
-        TargetError: a target matches no layer, or only some layers of a stack.
-        ConfigError: the model is adapted already, or a shape does not fit.
+        TargetError: a target matches no layer, only some layers of a stack, or a layer that cannot be replaced.
+        ConfigError: the model is adapted already, or a shape does not fit, or the execution is unknown.
     """
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
     plans = plan_model(config, {name: site.dims for site in sites for name in site.names})
-    chosen = _choose(sites, plans)
+    chosen = _choose(model, sites, plans)
     key = jax.random.key(seed)
     for index, (site, plan) in enumerate(chosen):
         layer = MokaLinear(
@@ -150,7 +153,7 @@ def import_adapter(
             problems.append(f"{name}: adapter is for {plan.key}, the model's layer is {dims[name][0]}x{dims[name][1]}")
     raise_problems(problems, "adapter does not fit this model")
     try:
-        chosen = _choose(sites, {name: layer.plan for name, layer in adapter.layers.items()})
+        chosen = _choose(model, sites, {name: layer.plan for name, layer in adapter.layers.items()})
     except TargetError as error:
         raise AdapterError(f"adapter does not fit this model: {error}") from error
     key = jax.random.key(0)
@@ -201,11 +204,12 @@ def check_base(adapter: str | None, model: str | None) -> None:
 
 def _merged_weight(layer: MokaLinear) -> tuple[jax.Array, jax.Array | None]:
     weight, bias = base_weight(layer.base)
-    return weight + layer.delta().astype(weight.dtype), bias
+    return (weight + layer.delta()).astype(weight.dtype), bias
 
 
-def _choose(sites: list[Site], plans: Mapping[str, LayerPlan]) -> list[tuple[Site, LayerPlan]]:
-    """The sites that have a plan; a stack is chosen whole or not at all."""
+def _choose(model: nnx.Module, sites: list[Site], plans: Mapping[str, LayerPlan]) -> list[tuple[Site, LayerPlan]]:
+    """The sites that have a plan, all of them replaceable; a stack is chosen whole or not at all."""
+    shared = {tuple(path): paths for paths in nnx.find_duplicates(model) for path in paths}
     chosen = []
     for site in sites:
         hit = [name for name in site.names if name in plans]
@@ -215,20 +219,35 @@ def _choose(sites: list[Site], plans: Mapping[str, LayerPlan]) -> list[tuple[Sit
                 f"(first that does not: {next(name for name in site.names if name not in plans)}); "
                 "a stack shares one structure, so target all of its layers or none"
             )
+        if hit and site.path in shared:
+            raise TargetError(
+                f"target_modules: one layer stands under {' and '.join(map(_dotted, shared[site.path]))}; "
+                "an adapter would reach it under one of these only, so make them two layers or do not target it"
+            )
+        if hit and isinstance(_parent(model, site.path), tuple):
+            raise TargetError(
+                f"target_modules: {_dotted(site.path)} stands in a tuple, where it cannot be replaced; "
+                "hold the layers in an nnx.List"
+            )
         if hit:
             chosen.append((site, plans[hit[0]]))
     return chosen
 
 
-def _replace(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+def _parent(model: nnx.Module, path: tuple[str | int, ...]) -> Any:
     parent: Any = model
     for part in path[:-1]:
-        parent = parent[part] if isinstance(part, int) else getattr(parent, part)
-    if isinstance(path[-1], int):
-        parent[path[-1]] = module
+        parent = parent[part] if isinstance(part, int) or isinstance(parent, dict) else getattr(parent, part)
+    return parent
+
+
+def _replace(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+    parent, last = _parent(model, path), path[-1]
+    if isinstance(last, int) or isinstance(parent, dict):
+        parent[last] = module
     else:
-        setattr(parent, path[-1], module)
+        setattr(parent, last, module)
 
 
-def _dotted(path: tuple[str | int, ...]) -> str:
+def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))

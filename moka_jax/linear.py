@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from moka_core import LayerFactors, LayerPlan, MokaConfig
-from moka_jax.mixture import Execution, delta_weight, factored_apply, resolve_execution
+from moka_core.cost import Execution, resolve_execution
+from moka_jax.mixture import delta_weight, factored_apply
 from moka_jax.nf4 import Nf4Linear, project
 
 
@@ -51,6 +52,7 @@ class MokaLinear(nnx.Module):
         self.plan = plan
         self.config = config
         self.layers = layers
+        resolve_execution(execution, plan, config, 1)  # refuses an unknown one now, not at the first call
         self.execution = execution
         self.dropout_key: DropoutKey | None = nnx.data(None)
         lead = () if layers is None else (layers,)
@@ -73,10 +75,12 @@ class MokaLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) to (..., out), in the dtype of the base layer's output."""
-        execution = resolve_execution(self.execution, self.plan, self.config, x.shape[:-1])
-        if execution == "merged" and self.dropout_key is None:
+        dropout = self.dropout_key is not None
+        tokens = math.prod(x.shape[:-1])
+        execution = resolve_execution(self.execution, self.plan, self.config, tokens, own_product=dropout)
+        if execution == "merged" and not dropout:
             weight, bias = base_weight(self.base)
-            dtype = self.base.dtype or x.dtype
+            dtype = self.base.dtype or jnp.result_type(x, weight, *(() if bias is None else (bias,)))
             return project(x.astype(dtype), weight + self.delta(), bias)
         y = self.base(x)
         dropped = self._dropout(x.astype(y.dtype))
@@ -107,7 +111,8 @@ class MokaLinear(nnx.Module):
         theirs = [dict(layer.tensors()) for layer in layers]
         for name, variable in ours.items():
             arrays = [tensors[name] for tensors in theirs]
-            variable[...] = jnp.asarray(arrays[0] if self.layers is None else np.stack(arrays))
+            # a copy: on a CPU JAX may otherwise share the caller's memory
+            variable.set_value(jnp.array(arrays[0] if self.layers is None else np.stack(arrays), variable.dtype))
 
     def _factors(self) -> tuple[list[jax.Array], list[jax.Array], jax.Array | None]:
         gate = None if self.gate_logits is None else self.gate_logits[...]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from moka_core import ConfigError, LayerPlan, MokaConfig
 from moka_core.oracle import stable_factor
-
-Execution = Literal["auto", "factored", "merged"]
 
 
 def coefficients(plan: LayerPlan, config: MokaConfig, gate_logits: jax.Array | None) -> list[jax.Array]:
@@ -100,36 +96,3 @@ def factored_apply(
             y = jnp.einsum("...cqi,cpq->...pi", half, scaled.astype(x.dtype))
         total = total + y.reshape(*lead, plan.out_features)
     return total
-
-
-def choose_execution(plan: LayerPlan, config: MokaConfig, tokens: int) -> Literal["factored", "merged"]:
-    """The execution with fewer multiplications for a frozen product of `tokens` rows that is computed anyway.
-
-    factored: tokens · Σ_groups copies·(in·b_out + out·a_in); merged: out·in·terms to form ΔW.
-    """
-    factored = 0
-    for group in plan.groups:
-        if config.identity == "a":
-            factored += tokens * plan.out_features * group.shape.b_in
-        elif config.identity == "b":
-            factored += tokens * plan.in_features * group.shape.a_out
-        else:
-            first, second = plan.in_features * group.shape.b_out, plan.out_features * group.shape.a_in
-            factored += tokens * group.copies * (first + second)
-    merged = plan.out_features * plan.in_features * (plan.terms if config.identity == "none" else 1)
-    return "factored" if factored < merged else "merged"
-
-
-def resolve_execution(
-    execution: Execution, plan: LayerPlan, config: MokaConfig, lead: Sequence[int]
-) -> Literal["factored", "merged"]:
-    """`execution` itself, or for "auto" the choice of the cost model for an input of leading shape `lead`.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if execution == "auto":
-        return choose_execution(plan, config, math.prod(lead))
-    if execution not in ("factored", "merged"):
-        raise ConfigError(f"execution: expected auto, factored or merged; got {execution!r}")
-    return execution

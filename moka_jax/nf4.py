@@ -69,9 +69,13 @@ class Nf4Linear(nnx.Module):
         single = isinstance(weights, Nf4Weight)
         rows: list[Nf4Weight] = [weights] if isinstance(weights, Nf4Weight) else list(weights)
         parts = [row.parts() for row in rows]
-        if any(row.shape != rows[0].shape for row in rows) or any(part.keys() != parts[0].keys() for part in parts):
-            raise ModelError("Nf4Linear: expected stacked weights of one shape, all singly or all doubly quantised")
+        kinds = {(row.shape, row.dtype, frozenset(part)) for row, part in zip(rows, parts, strict=True)}
+        if len(kinds) != 1:
+            raise ModelError(
+                "Nf4Linear: expected stacked weights of one shape and dtype, all singly or all doubly quantised"
+            )
         self.out_features, self.in_features = rows[0].shape
+        self.packed_from = rows[0].dtype
         self.dtype = dtype
         whole = self.in_features % BLOCK == 0
         codes_shape = (self.out_features, self.in_features // 2) if whole else (-1,)
@@ -117,7 +121,7 @@ class Nf4Linear(nnx.Module):
                 offset=np.float32(take(self.nested_offset)),
             )
         shape = (self.out_features, self.in_features)
-        return Nf4Weight(shape=shape, codes=take(self.codes).reshape(-1), scales=scales)
+        return Nf4Weight(shape=shape, codes=take(self.codes).reshape(-1), scales=scales, dtype=self.packed_from)
 
 
 def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

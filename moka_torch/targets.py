@@ -22,7 +22,7 @@ def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
     Raises:
         TargetError: a target matches no linear layer (near misses are given), or matches a module with
             weights of another kind.
-        ConfigError: `config.shapes` states a plan for dimensions that no targeted layer has.
+        ConfigError: see `moka_core.plan_model`.
     """
     kwargs = get_quantization_kwargs(model)
     modules = _outer_modules(model)
@@ -38,13 +38,6 @@ def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
     plans = plan_model(config, layers)
     for path in plans:
         refuse_module(path, modules[path], **kwargs)
-    used = {plan.key for plan in plans.values()}
-    unused = [plan.key for plan in config.shapes if plan.key not in used]
-    if unused:
-        raise ConfigError(
-            f"shapes: no targeted layer is {' or '.join(unused)} (out x in); the targeted layers are "
-            f"{', '.join(sorted(used))}. Take the plan out, or target such a layer."
-        )
     return plans
 
 

@@ -34,11 +34,16 @@ def generate(
         The new tokens.
 
     Raises:
-        DataError: the prompt is empty, or prompt and new tokens do not fit the model's context.
+        DataError: the prompt is empty, or has numbers that are no tokens of the model, or prompt and new tokens
+            do not fit its context.
     """
     context = model.config.max_position_embeddings
     if not len(prompt):
         raise DataError("generate: expected at least one prompt token; got none")
+    vocabulary = model.architecture.vocab_size
+    foreign = sorted({int(token) for token in prompt if not 0 <= token < vocabulary})
+    if foreign:  # a look-up outside of the table gives NaN in JAX, not an error
+        raise DataError(f"generate: expected tokens from 0 to {vocabulary - 1}; got {', '.join(map(str, foreign[:8]))}")
     if len(prompt) + max_new_tokens > context:
         raise DataError(
             f"generate: {len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "

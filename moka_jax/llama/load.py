@@ -55,13 +55,9 @@ def load_llama(base: BaseTensors, *, dtype: jnp.dtype = jnp.float32) -> Llama:
     for path, layer, tensor in base.flax_tensors():
         if layer is None:
             values[path] = tensor
-        elif isinstance(tensor, Nf4Weight):
-            values.setdefault(path, [None] * layers)[layer] = tensor
         else:
-            if path not in values:
-                values[path] = np.empty((layers, *tensor.shape), tensor.dtype)
-            values[path][layer] = tensor
-    _fill(model, values, dtype)
+            values.setdefault(path, {})[layer] = tensor
+    _fill(model, values, layers, dtype)
     model.base_fingerprint = base.fingerprint
     model.base_model = base.name
     return model
@@ -75,36 +71,69 @@ def packed_weights(model: nnx.Module) -> Iterator[tuple[str, Nf4Weight]]:
                 yield name, site.base.to_nf4(None if site.layers is None else index)
 
 
-def _fill(model: Llama, values: dict[tuple[str, ...], Any], dtype: jnp.dtype) -> None:
-    """Put every value in its place, or raise one error that lists what does not fit."""
+def _fill(model: Llama, values: dict[tuple[str, ...], Any], layers: int, dtype: jnp.dtype) -> None:
+    """Put every value in its place and take it out of `values`, or raise one error that lists what does not fit.
+
+    A value is a tensor, or {layer: tensor} where the model stacks its layers.
+    """
     expected = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
     by_site = {tuple(map(str, site.path)): site for site in linear_sites(model)}
     problems = [f"missing {'.'.join(path)}" for path in sorted(set(expected) - set(values))]
     problems += [f"unexpected {'.'.join(path)}" for path in sorted(set(values) - set(expected))]
     for path in sorted(set(values) & set(expected)):
-        value = values[path]
         want = tuple(expected[path].get_value().shape)
-        packed = isinstance(value, (Nf4Weight, list))
-        if packed:
-            first = value if isinstance(value, Nf4Weight) else value[0]
-            got = first.shape[::-1] if isinstance(value, Nf4Weight) else (len(value), *first.shape[::-1])
+        if isinstance(values[path], dict):
+            problems += _stack_problems(path, values[path], layers, want[1:])
         else:
-            got = tuple(value.shape)
-        if got != want:
-            problems.append(f"{'.'.join(path)}: expected shape {want}, got {got}")
-            continue
-        owner = _owner(model, path)
-        if packed:
-            site = by_site[path[:-1]]
-            bias = values.get((*path[:-1], "bias"))
-            _set(model, site.path, Nf4Linear(value, bias=bias, dtype=dtype))
-        elif not (path[-1] == "bias" and isinstance(owner, Nf4Linear)):
-            keep = jnp.float32 if path[-1] == "weight" else dtype
-            array = jnp.asarray(value).astype(keep)
-            variable = getattr(owner, path[-1])
-            setattr(owner, path[-1], type(variable)(array))
+            problems += _shape_problems(".".join(path), values[path], want)
     if problems:
         raise ModelError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+    packed = {path[:-1] for path, value in values.items() if _is_packed(value)}
+    biases = {
+        path[:-1]: _stacked(values.pop(path)) for path in list(values) if path[-1] == "bias" and path[:-1] in packed
+    }
+    for path in sorted(values):
+        value = values.pop(path)
+        if path[:-1] in packed:
+            weights = [value[layer] for layer in range(layers)] if isinstance(value, dict) else value
+            site = by_site[path[:-1]]
+            _set(model, site.path, Nf4Linear(weights, bias=biases.get(path[:-1]), dtype=dtype))
+        else:
+            owner = _owner(model, path)
+            keep = jnp.float32 if path[-1] == "weight" else dtype
+            setattr(owner, path[-1], type(getattr(owner, path[-1]))(jnp.asarray(_stacked(value)).astype(keep)))
+
+
+def _stack_problems(path: tuple[str, ...], rows: dict[int, Tensor], layers: int, want: tuple[int, ...]) -> list[str]:
+    """What is wrong with the tensors of one place in every layer."""
+
+    def name(layer: int) -> str:
+        return ".".join(str(layer) if part == "block" else part for part in path)
+
+    problems = [f"missing {name(layer)}" for layer in range(layers) if layer not in rows]
+    problems += [
+        f"unexpected {name(layer)}: config.json has {layers} layers" for layer in sorted(rows) if layer >= layers
+    ]
+    for layer in sorted(rows):
+        problems += _shape_problems(name(layer), rows[layer], want)
+    kinds = {frozenset(row.parts()) if isinstance(row, Nf4Weight) else None for row in rows.values()}
+    if len(kinds) > 1:
+        problems.append(f"{'.'.join(path)}: expected every layer dense, or every layer packed in the same way")
+    return problems
+
+
+def _shape_problems(name: str, value: Tensor, want: tuple[int, ...]) -> list[str]:
+    got = value.shape[::-1] if isinstance(value, Nf4Weight) else value.shape
+    return [] if tuple(got) == want else [f"{name}: expected shape {want}, got {tuple(got)}"]
+
+
+def _is_packed(value: Tensor | dict[int, Tensor]) -> bool:
+    return isinstance(next(iter(value.values())) if isinstance(value, dict) else value, Nf4Weight)
+
+
+def _stacked(value: Any) -> np.ndarray:
+    """The array, or the arrays of all layers with one leading axis."""
+    return np.stack([value[layer] for layer in range(len(value))]) if isinstance(value, dict) else value
 
 
 def _owner(model: nnx.Module, path: tuple[str, ...]) -> Any:

@@ -1,0 +1,295 @@
+"""Our LLaMA against transformers': the same folder, the same logits; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conversion.base_weights import open_base
+from moka_core import ModelError, Nf4Weight
+from moka_jax.attach import linear_sites
+from moka_jax.llama import Llama, LlamaConfig, RopeConfig, generate, load_llama, packed_weights
+from moka_jax.llama.model import rope_frequencies
+from moka_jax.nf4 import Nf4Linear
+from tests.moka_jax.toys import run
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from tests.moka_jax.hf_models import (  # noqa: E402
+    ROPE_LINEAR,
+    ROPE_LLAMA3,
+    VARIANTS,
+    change_config,
+    error_of_range,
+    random_tokens,
+    save_llama,
+    torch_greedy,
+    torch_logits,
+)
+
+LIMIT = 1e-4  # of the logits' range
+
+
+def load(folder: Path, quantise="none", **arguments) -> Llama:
+    return load_llama(open_base(folder, quantise=quantise), **arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(tmp_path, variant):
+    changes, length = VARIANTS[variant]
+    reference = save_llama(tmp_path, **changes)
+    tokens = random_tokens(length)
+    expected = torch_logits(reference, tokens)
+    found = run(load(tmp_path), tokens)
+    assert found.dtype == np.float32
+    assert error_of_range(found, expected) <= LIMIT  # measured: 4.8e-7 to 7.4e-7; 1.2e-6 with scaled angles
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("rope", [ROPE_LLAMA3, ROPE_LINEAR], ids=lambda rope: rope["rope_type"])
+def test_ignoring_the_rope_scaling_would_be_noticed(tmp_path, rope):
+    reference = save_llama(tmp_path, rope_parameters=rope)
+    tokens = random_tokens(160)
+    change_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    assert error_of_range(run(load(tmp_path), tokens), torch_logits(reference, tokens)) > 100 * LIMIT
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+        ROPE_LLAMA3,
+        {**ROPE_LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 8192, "factor": 32.0},
+    ],
+    ids=["default", "linear", "llama3", "llama 3.2"],
+)
+def test_rope_frequencies_are_those_of_transformers_to_the_last_bits(parameters, head_dim):
+    """At position 100,000 an error of one part in 10⁶ would turn a pair of channels by 0.1."""
+    from transformers import LlamaConfig as HfConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = HfConfig(
+        hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=dict(parameters)
+    )
+    expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    found = rope_frequencies(RopeConfig.from_hf_config({"rope_parameters": parameters}), head_dim)
+    assert found.dtype == np.float32
+    # measured: at most 2.4e-7, two units in the last place
+    np.testing.assert_allclose(found, expected, rtol=5e-7, atol=0)
+
+
+def test_rope_settings_of_older_config_files_are_read_the_same():
+    old = {"rope_theta": 500000.0, "rope_scaling": {k: v for k, v in ROPE_LLAMA3.items() if k != "rope_theta"}}
+    new = {"rope_parameters": {**ROPE_LLAMA3, "rope_theta": 500000.0}}
+    oldest = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert RopeConfig.from_hf_config(old) == RopeConfig.from_hf_config(new)
+    assert RopeConfig.from_hf_config(new).original_max_position == 32
+    assert RopeConfig.from_hf_config(oldest) == RopeConfig(theta=500000.0, kind="linear", factor=2.0)
+    assert RopeConfig.from_hf_config({"rope_theta": 7.0, "rope_scaling": None}) == RopeConfig(theta=7.0)
+
+
+def test_under_nf4_logits_are_those_of_transformers_with_bitsandbytes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    from moka_torch import exact_on_cpu
+
+    dense = save_llama(tmp_path, attention_bias=True, num_hidden_layers=3)
+    reference = LlamaForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    ).eval()
+    assert exact_on_cpu(reference) == 21
+    tokens = random_tokens(24)
+    expected = torch_logits(reference, tokens)
+    model = load(tmp_path, "nf4-double")
+    assert sum(1 for _ in packed_weights(model)) == 21
+    assert error_of_range(run(model, tokens), expected) <= LIMIT  # measured: 6.3e-7
+    assert error_of_range(torch_logits(dense, tokens), expected) > 100 * LIMIT  # the test sees quantisation
+
+
+def test_in_bfloat16_logits_are_near_and_nothing_is_promoted(tmp_path):
+    reference = save_llama(tmp_path, tie_word_embeddings=True)
+    tokens = random_tokens(24)
+    expected = torch_logits(reference, tokens)
+    theirs = error_of_range(torch_logits(reference.to(torch.bfloat16), tokens), expected)
+    for quantise in ("none", "nf4-double"):
+        model = load(tmp_path, quantise, dtype=jnp.bfloat16)
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))}
+        assert dtypes == ({"bfloat16", "float32"} if quantise == "none" else {"bfloat16", "float32", "uint8"})
+        graphdef, state = nnx.split(model)
+        hidden = jax.eval_shape(
+            lambda state, tokens, g=graphdef: nnx.merge(g, state)._hidden(tokens, jnp.arange(24), None)[0],
+            state,
+            tokens,
+        )
+        assert hidden.dtype == jnp.bfloat16
+    found = run(load(tmp_path, dtype=jnp.bfloat16), tokens)
+    assert found.dtype == np.float32
+    assert error_of_range(found, expected) <= 2 * theirs  # measured: ours 2.0e-2, theirs 2.3e-2
+
+
+def test_padding_on_the_right_changes_nothing_before_it(tmp_path):
+    save_llama(tmp_path)
+    model, tokens = load(tmp_path), random_tokens(12)
+    padded = np.concatenate([tokens, np.zeros((2, 5), np.int32)], axis=1)
+    full, part = run(model, padded)[:, :12], run(model, tokens)
+    assert error_of_range(full, part) <= 1e-6
+
+
+def test_a_loaded_model_holds_arrays_only_and_knows_its_base(tmp_path):
+    save_llama(tmp_path, attention_bias=True, mlp_bias=True)
+    for quantise in ("none", "nf4"):
+        base = open_base(tmp_path, quantise=quantise)
+        model = load_llama(base)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(model)))
+        assert (model.base_fingerprint, model.base_model) == (base.fingerprint, str(tmp_path))
+        assert {name: site.dims for site in linear_sites(model) for name in site.names} == (
+            model.architecture.linear_layers()
+        )
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window: expected none; got 4096"),
+        ({"hidden_act": "gelu", "sliding_window": 8}, "hidden_act: expected silu; got 'gelu'; sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor, orig"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads"),
+        ({"hidden_size": None, "vocab_size": "big"}, "hidden_size: expected a positive whole number; got None"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused(changes, message):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+    }
+    assert LlamaConfig.from_hf_config(config).architecture.num_key_value_heads == 4
+    with pytest.raises(ModelError) as caught:
+        LlamaConfig.from_hf_config({**config, **changes})
+    assert message in str(caught.value)
+
+
+class Tensors:
+    """A base model in memory, as `load_llama` takes it."""
+
+    name, fingerprint = "in memory", "f" * 64
+
+    def __init__(self, folder: Path, quantise="none") -> None:
+        base = open_base(folder, quantise=quantise)
+        self.config = dict(base.config)
+        self.tensors = {(path, layer): tensor for path, layer, tensor in base.flax_tensors()}
+
+    def flax_tensors(self):
+        for (path, layer), tensor in self.tensors.items():
+            yield path, layer, tensor
+
+
+BLOCK = ("model", "layers", "block")
+Q, NORM = (*BLOCK, "self_attn", "q_proj", "kernel"), (*BLOCK, "input_layernorm", "weight")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantise", ["none", "nf4-double"])
+def test_every_tensor_that_does_not_fit_is_listed(folder, quantise):
+    base = Tensors(folder, quantise)
+    del base.tensors[Q, 1]
+    del base.tensors[("model", "norm", "weight"), None]
+    base.tensors[NORM, 0] = np.ones(1, np.float32)  # would broadcast
+    base.tensors[NORM, 5] = np.ones(64, np.float32)
+    base.tensors[("lm_head", "kernel"), None] = np.ones((64, 96), np.float32)
+    base.tensors[(*BLOCK, "self_attn", "q_proj", "bias"), 0] = np.ones(64, np.float32)
+    down = base.tensors[(*BLOCK, "mlp", "down_proj", "kernel"), 0]
+    base.tensors[(*BLOCK, "mlp", "up_proj", "kernel"), 0] = down
+    with pytest.raises(ModelError) as caught:
+        load_llama(base)
+    assert sorted(line.strip() for line in str(caught.value).splitlines()[1:]) == [
+        "lm_head.kernel: expected shape (64, 97), got (64, 96)",
+        "missing model.layers.1.self_attn.q_proj.kernel",
+        "missing model.norm.weight",
+        "model.layers.0.input_layernorm.weight: expected shape (64,), got (1,)",
+        "model.layers.0.mlp.up_proj.kernel: expected shape (64, 128), got (128, 64)",
+        "unexpected model.layers.5.input_layernorm.weight: config.json has 2 layers",
+        "unexpected model.layers.block.self_attn.q_proj.bias",
+    ]
+
+
+def test_a_layer_that_is_missing_in_a_file_is_an_error_and_not_old_memory(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file)
+    for quantise in ("none", "nf4-double"):
+        with pytest.raises(ModelError, match=r"missing model\.layers\.1\.mlp\.down_proj"):
+            load(tmp_path, quantise)
+
+
+def test_layers_that_are_packed_in_different_ways_are_refused(folder):
+    dense, packed = Tensors(folder), Tensors(folder, "nf4-double")
+    assert isinstance(packed.tensors[Q, 0], Nf4Weight)
+    packed.tensors[Q, 0] = dense.tensors[Q, 0]
+    packed.tensors[(*BLOCK, "mlp", "up_proj", "kernel"), 1] = Tensors(folder, "nf4").tensors[
+        (*BLOCK, "mlp", "up_proj", "kernel"), 1
+    ]
+    with pytest.raises(ModelError) as caught:
+        load_llama(packed)
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        assert f"{name}.kernel: expected every layer dense, or every layer packed in the same way" in str(caught.value)
+
+
+def test_a_checkpoint_may_leave_some_places_dense(folder):
+    """bitsandbytes' llm_int8_skip_modules: the layers of one name are all dense or all packed."""
+    dense, packed = Tensors(folder), Tensors(folder, "nf4-double")
+    packed.tensors[Q, 0], packed.tensors[Q, 1] = dense.tensors[Q, 0], dense.tensors[Q, 1]
+    attention = load_llama(packed).model.layers.block.self_attn
+    assert isinstance(attention.q_proj, nnx.Linear)
+    assert isinstance(attention.k_proj, Nf4Linear)
+
+
+def test_smollm2_gives_the_logits_and_64_greedy_tokens_of_transformers(smollm):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    prompt = AutoTokenizer.from_pretrained(smollm)("The Kronecker product of two matrices is").input_ids
+    reference = LlamaForCausalLM.from_pretrained(smollm, dtype=torch.float32).eval()
+    reference.generation_config.eos_token_id = None
+    continued = torch_greedy(reference, prompt, 64)
+    tokens = np.array([prompt + continued], np.int32)
+    expected = torch_logits(reference, tokens)
+    del reference
+    model = load(smollm)
+    found = run(model, tokens)
+    assert error_of_range(found, expected) <= LIMIT  # measured: 2.6e-6
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    assert generate(model, prompt, max_new_tokens=64) == continued
