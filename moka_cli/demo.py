@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moka_jax.llama import Llama
     from moka_jax.train import TrainConfig, TrainResult
 
-HELD_OUT = 128
+HELD_OUT = 96
 SEED = 0
 NEW_TOKENS = 40
 
@@ -102,8 +102,9 @@ def demo_config(output: Path, steps: int) -> TrainConfig:
         ),
         optimiser=OptimiserConfig(learning_rate=5e-3, warmup_steps=min(5, steps - 1)),
         steps=steps,
-        batch_size=8,
+        batch_size=4,
         dtype="float32",
+        remat=False,
         eval_every=max(steps // 2, 1),
         checkpoint_every=10,
         seed=SEED,
@@ -119,7 +120,7 @@ def _train(
     config = demo_config(output, steps)
     tokenizer = load_tokenizer(config.base)
     with console.status("loading and quantising"):
-        model = load_model(config.base, quantise=config.quantise)
+        model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
     kept = output / "run" / "before.json"
     if kept.is_file():
         before = json.loads(kept.read_text())

@@ -35,7 +35,7 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     from moka_jax.train import train
 
     with console.status(f"loading {config.base}"):
-        model = load_model(config.base, quantise=config.quantise, dtype=config.dtype)
+        model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
         tokenizer = load_tokenizer(config.base)
     attach_fresh(model, config)
     return train(model, tokenizer, config, console=console)
@@ -81,14 +81,15 @@ def attach_fresh(model: Llama, config: TrainConfig) -> None:
     attach(model, config.adapter.moka_config(model.architecture), seed=config.seed)
 
 
-def load_model(base: str | Path, *, quantise: str, dtype: str = "float32") -> Llama:
+def load_model(base: str | Path, *, quantise: str, dtype: str = "float32", remat: bool = True) -> Llama:
     """The base model in JAX."""
     import jax.numpy as jnp
 
     from conversion import open_base
     from moka_jax.llama import load_llama
 
-    return load_llama(open_base(base, quantise=quantise), dtype=jnp.dtype(dtype))  # type: ignore[arg-type]
+    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
+    return load_llama(opened, dtype=jnp.dtype(dtype), remat=remat)
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:

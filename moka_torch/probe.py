@@ -62,12 +62,12 @@ class TorchProbe:
     def packed(self) -> Iterator[tuple[str, Nf4Weight, np.ndarray]]:
         import bitsandbytes as bnb
 
-        module: Any
         for path, module in self._model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
+                weight: Any = module.weight
                 name = path.removeprefix(CHECKPOINT_PREFIX).removesuffix(".base_layer")
-                decoded = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-                yield name, nf4_weight(module.weight), decoded.float().numpy()
+                decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+                yield name, nf4_weight(weight), decoded.float().numpy()
 
     def deltas(self) -> Iterator[tuple[str, np.ndarray]]:
         for path, layer in self._layers().items():

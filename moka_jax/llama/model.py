@@ -157,11 +157,14 @@ class DecoderLayer(nnx.Module):
 class LlamaModel(nnx.Module):
     """Embedding, decoder layers and the last norm: what a checkpoint calls `model`."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs) -> None:
         sizes = config.architecture
         self.embed_tokens = nnx.Embed(sizes.vocab_size, sizes.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = Stack.create(
-            lambda layer_rngs: DecoderLayer(config, dtype=dtype, rngs=layer_rngs), sizes.num_hidden_layers, rngs=rngs
+            lambda layer_rngs: DecoderLayer(config, dtype=dtype, rngs=layer_rngs),
+            sizes.num_hidden_layers,
+            rngs=rngs,
+            remat=remat,
         )
         self.norm = RmsNorm(sizes.hidden_size, config.rms_norm_eps)
 
@@ -173,15 +176,18 @@ class Llama(nnx.Module):
         config: the architecture.
         dtype: of activations and products, float32 or bfloat16; norms, rotary angles, softmax and logits
             are float32.
+        remat: recompute each layer's inside in the backward pass: less memory, a third more work.
         rngs: draws random weights; `load_llama` puts a checkpoint's in their place.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = True, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         self.dtype = dtype
         self.base_fingerprint: str | None = None
         self.base_model: str | None = None
-        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+        self.model = LlamaModel(config, dtype=dtype, remat=remat, rngs=rngs)
         sizes = config.architecture
         tied = sizes.tie_word_embeddings
         self.lm_head = (

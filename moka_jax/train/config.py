@@ -182,6 +182,7 @@ class TrainConfig:
         accumulate: forward passes whose gradients make one step; a step learns from batch_size·accumulate examples.
         quantise: "nf4-double", "nf4" or "none", for the base weights.
         dtype: "float32" or "bfloat16", of the computation.
+        remat: recompute each layer's inside in the backward pass: less memory, a third more work.
         adapter: preset and overrides.
         eval_every: steps between evaluations; the first is before step 1, the last after the final step.
         eval_batches: batches of one evaluation; None for the whole held-out set.
@@ -203,6 +204,7 @@ class TrainConfig:
     accumulate: int = 1
     quantise: Quantise = "nf4-double"
     dtype: Dtype = "bfloat16"
+    remat: bool = True
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     eval_every: int = 100
     eval_batches: int | None = None
@@ -216,6 +218,7 @@ class TrainConfig:
             _text(name, getattr(self, name))
         _choice("quantise", self.quantise, ("nf4-double", "nf4", "none"))
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _choice("remat", self.remat, (True, False))
         for name in ("steps", "batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_checkpoints"):
             _whole(name, getattr(self, name), least=1)
         _whole("log_every", self.log_every, least=1)
