@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import resource
 import sys
 import time
@@ -56,7 +54,6 @@ def run_demo(output: Path, *, steps: int) -> None:
     """Every stage, reusing what an earlier run has finished; leaves report.json, pictures, adapter and metrics."""
     if steps < 1:
         raise ConfigError(f"steps: expected at least 1; got {steps}")
-    _quiet()
     console = Console()
     timer = Timer()
     output.mkdir(parents=True, exist_ok=True)
@@ -249,10 +246,3 @@ def _print(
     console.print(parity_table(report))
     files = "report.json, loss.png, gates.png, adapter/, run/metrics.jsonl"
     console.print(f"{output}/: {files}", highlight=False, soft_wrap=True)
-
-
-def _quiet() -> None:
-    """Keep other libraries' progress bars and advice off the screen."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -137,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")] if debug else arguments
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quieten_libraries()
     try:
         app(args=arguments, prog_name="moka")
     except MokaError as error:
@@ -145,6 +147,17 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  (the outermost boundary: nothing is hidden, --debug shows it all)
         text = f"{type(error).__name__}: {error}"
         _fail(f"{text}\n(not an error that moka foresaw; --debug shows where it came from)", debug=debug)
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' progress bars and advice off the screen, unless the user's environment says otherwise.
+
+    bitsandbytes' advice to install CPU kernels is for bfloat16; exact float32 is what is compared here.
+    """
+    for name, value in {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _fail(message: str, *, debug: bool) -> NoReturn:

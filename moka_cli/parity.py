@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ def check(adapter: Path, base: Path, *, quantise: str, steps: int, console: Cons
     """The parity report, with a line of progress for each stage."""
     from conversion.parity import check_parity
 
-    quieten_bitsandbytes()
     with console.status("comparing") as status:
         return check_parity(adapter, base, quantise=quantise, steps=steps, on_stage=status.update)  # type: ignore[arg-type]
 
@@ -45,8 +43,3 @@ def parity_table(report: ParityReport) -> Table:
         verdict = "[green]ok[/green]" if row.passed else "[bold red]FAILS[/bold red]"
         table.add_row(f"{row.name}\n[dim]{row.unit}[/dim]", figure, f"{row.bound:g}", verdict, row.worst)
     return table
-
-
-def quieten_bitsandbytes() -> None:
-    """Its advice to install CPU kernels is no concern here: exact float32 is what is compared."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
