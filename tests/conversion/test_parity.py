@@ -60,7 +60,7 @@ def test_both_backends_agree_on_every_stage(base, folder, quantise):
     seen = figures(report)
     if quantise != "none":
         assert {seen[name] for name in ("NF4 codes", "NF4 scales", "decoded weights")} == {0}
-    # measured over 5 seeds: ΔW 1.1e-7, logits 5e-7, gradients 4e-6, 50 losses 6e-6
+    # measured over 5 seeds: ΔW 1.3e-7, logits 8.4e-7, gradients 6.5e-6, 50 losses 1.5e-6
     assert len(report.losses["jax"]) == len(report.losses["torch"]) == 50
     assert abs(report.losses["torch"][0] - report.losses["torch"][-1]) > 0.1, "the adapter must move for this to count"
 
