@@ -14,7 +14,7 @@ import numpy as np
 
 from conversion.adapter_folder import load_adapter
 from conversion.base_weights import Quantise, open_base
-from moka_core import Adapter, DataError
+from moka_core import Adapter, ConfigError, DataError
 from moka_core.oracle import dense_delta
 from moka_core.probe import AdamW, Batch, Probe
 
@@ -89,20 +89,24 @@ def check_parity(
 
     Raises:
         AdapterError, ModelError: the folders cannot be used.
+        ConfigError: a number is out of range.
     """
+    for name, value, least in (("steps", steps, 0), ("batch_size", batch_size, 1), ("length", length, 2)):
+        if value < least:
+            raise ConfigError(f"{name}: expected at least {least}; got {value}")
     from moka_jax.probe import JaxProbe
     from moka_torch.probe import TorchProbe
 
     opened = open_base(base, quantise=quantise)
-    value = load_adapter(adapter)
+    trained = load_adapter(adapter)
     on_stage("loading the base and the adapter in JAX")
-    ours: Probe = JaxProbe(opened, value)
+    ours: Probe = JaxProbe(opened, trained)
     on_stage("loading the base and the adapter in PyTorch")
     theirs: Probe = TorchProbe(base, adapter, quantise=quantise)
     batches = token_batches(
         base, opened.config["vocab_size"], count=max(steps, 1), batch_size=batch_size, length=length, seed=seed
     )
-    return compare(ours, theirs, value, batches, optimiser=optimiser or AdamW(), steps=steps, on_stage=on_stage)
+    return compare(ours, theirs, trained, batches, optimiser=optimiser or AdamW(), steps=steps, on_stage=on_stage)
 
 
 def compare(
@@ -216,7 +220,7 @@ def _delta_rows(ours: Probe, theirs: Probe, adapter: Adapter) -> list[Row]:
         oracle = dense_delta(layer, adapter.config)
         for side, deltas in sides.items():
             error = _relative(deltas[path], oracle) if path in deltas else float("inf")
-            if not error <= worst[side][0]:
+            if error > worst[side][0] or not worst[side][1]:
                 worst[side] = (error, path)
     return [
         Row(name=f"ΔW, {side}, against float64", figure=error, bound=DELTA_BOUND, unit="relative error", worst=path)
@@ -230,7 +234,7 @@ def _logits_rows(ours: np.ndarray, theirs: np.ndarray) -> Iterator[Row]:
     row, position, _ = np.unravel_index(int(np.argmax(gap)), gap.shape)
     yield Row(
         name="logits",
-        figure=float(gap.max()) / spread,
+        figure=float(gap.max()) / spread if np.isfinite(gap).all() else float("inf"),
         bound=LOGITS_BOUND,
         unit="of their range",
         worst=f"row {row}, position {position}",
@@ -241,7 +245,7 @@ def _logits_rows(ours: np.ndarray, theirs: np.ndarray) -> Iterator[Row]:
         figure=int(other.sum()),
         bound=0,
         unit="that differ",
-        worst=f"position {int(np.argwhere(other)[0][-1])}" if other.any() else "",
+        worst="row {}, position {}".format(*np.argwhere(other)[0]) if other.any() else "",
     )
 
 
@@ -252,23 +256,25 @@ def _gradient_rows(
     worst, where = 0.0, ""
     for name, reference in theirs[1].items():
         error = _relative(ours[1][name], reference) if name in ours[1] else float("inf")
-        if not error <= worst:
+        if error > worst or not where:
             worst, where = error, name
-    missing = len(ours[1].keys() ^ theirs[1].keys())
+    missing = sorted(ours[1].keys() ^ theirs[1].keys())
     yield Row(
         name=f"gradients ({len(theirs[1])} arrays)",
         figure=float("inf") if missing else worst,
         bound=GRADIENT_BOUND,
         unit="relative error",
-        worst=where,
+        worst=f"{missing[0]}: in one backend only" if missing else where,
     )
 
 
 def _relative(value: np.ndarray, reference: np.ndarray) -> float:
-    """‖value - reference‖ / ‖reference‖, in float64; infinite if only the reference is zero."""
+    """‖value - reference‖ / ‖reference‖, in float64; infinite if an entry is not finite or only the reference is 0."""
     reference = reference.astype(np.float64)
     gap = float(np.linalg.norm(value.astype(np.float64) - reference))
     size = float(np.linalg.norm(reference))
+    if not (np.isfinite(gap) and np.isfinite(size)):
+        return float("inf")
     if size == 0:
         return 0.0 if gap == 0 else float("inf")
     return gap / size
@@ -278,4 +284,5 @@ def _differing(ours: np.ndarray, theirs: np.ndarray) -> int:
     """How many entries differ in their bits; all of them if the shapes do."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return max(ours.size, theirs.size)
-    return int((np.atleast_1d(ours).view(np.uint8) != np.atleast_1d(theirs).view(np.uint8)).sum())
+    bits = np.dtype(f"u{ours.dtype.itemsize}")
+    return int((np.atleast_1d(ours).view(bits) != np.atleast_1d(theirs).view(bits)).sum())

@@ -119,11 +119,11 @@ def _train(
     with console.status("loading and quantising"):
         model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
     kept = output / "run" / "before.json"
-    if kept.is_file():
-        before = json.loads(kept.read_text())
-    else:
+    questions = _questions(Path(config.data.eval or ""))
+    before = json.loads(kept.read_text()) if kept.is_file() else {}
+    if before.keys() != {pair["prompt"] for pair in questions}:
         with console.status("completions before training"):
-            before = _complete(model, tokenizer, _questions(Path(config.data.eval or "")))
+            before = _complete(model, tokenizer, questions)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(before))
     attach_fresh(model, config)
@@ -197,15 +197,17 @@ def _summary(
     from moka_cli.params import read_architecture
     from moka_jax.train import read_metrics
 
-    evaluations = [record for record in read_metrics(result.metrics) if record["kind"] == "eval"]
+    records = read_metrics(result.metrics)
+    evaluations = [record for record in records if record["kind"] == "eval"]
     base = read_architecture(str(output / "base")).parameters()
     return {
         "held_out_loss": {"before": evaluations[0]["loss"], "after": evaluations[-1]["loss"]},
         "steps": result.step,
         "trainable": adapter.trainable,
         "share": adapter.trainable / base,
-        "seconds": timer.seconds,
-        "peak_memory_gb": peak_memory_gb(),
+        "training_seconds_of_the_whole_run": max(record.get("seconds", 0.0) for record in records),
+        "seconds_in_this_session": timer.seconds,
+        "peak_memory_gb_in_this_session": peak_memory_gb(),
         "completions": {"before": before, "after": after, "same_in_pytorch": same},
         "parity": report.to_dict(),
     }
@@ -233,8 +235,10 @@ def _print(
     table.add_row("held-out loss", f"{losses['before']:.4f} before, [bold]{losses['after']:.4f}[/bold] after")
     table.add_row("optimiser steps", str(summary["steps"]))
     table.add_row("trainable parameters", f"{summary['trainable']:,} ({summary['share']:.3%} of the model)")
-    table.add_row("time", f"{sum(summary['seconds'].values()) / 60:.1f} minutes in this session")
-    table.add_row("peak memory", f"{summary['peak_memory_gb']:.1f} GB")
+    training = summary["training_seconds_of_the_whole_run"] / 60
+    session = sum(summary["seconds_in_this_session"].values()) / 60
+    table.add_row("time", f"{training:.1f} minutes of training; {session:.1f} minutes in this session")
+    table.add_row("peak memory", f"{summary['peak_memory_gb_in_this_session']:.1f} GB in this session")
     console.print(table)
     for pair in _questions(output / "data" / "eval.jsonl"):
         prompt = pair["prompt"]

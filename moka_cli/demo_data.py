@@ -32,13 +32,13 @@ def build_pairs() -> list[dict[str, str]]:
 
     The prompt asks what `module.function` does; the completion is the first paragraph of its docstring. Left out
     are paragraphs shorter than 24 or longer than 320 characters, and every paragraph that came before under
-    another name, so that no completion stands twice.
+    another name, in upper or lower case, so that no completion stands twice.
     """
     pairs, seen = [], set()
     for name, docstring in sorted({**dict(_from_builtins()), **dict(_from_sources())}.items()):
         paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
-        if _SHORTEST <= len(paragraph) <= _LONGEST and paragraph not in seen:
-            seen.add(paragraph)
+        if _SHORTEST <= len(paragraph) <= _LONGEST and paragraph.lower() not in seen:
+            seen.add(paragraph.lower())
             pairs.append({"prompt": f"What does {name} do?", "completion": paragraph})
     return pairs
 

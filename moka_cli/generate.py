@@ -34,8 +34,10 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool 
     """The tokens that the model reads: the prompt as a user's message if the tokenizer has a chat template."""
     if raw or tokenizer.chat_template is None:
         return list(tokenizer(prompt)["input_ids"])
+    from moka_jax.train.data import chat_text
+
     message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    text = chat_text(message, tokenizer, tokenizer.get_chat_template(), prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -70,6 +70,7 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
+    base: Annotated[Path | None, typer.Option(help="Where the base model is now, if it was moved.")] = None,
 ) -> None:
     """Write a run's newest adapter as a folder that both backends load, PEFT included.
 
@@ -77,7 +78,7 @@ def export(
     """
     from moka_cli.train import run_export
 
-    run_export(run, out)
+    run_export(run, out, base=base)
 
 
 @app.command()

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from moka_core import ConfigError
+
 if TYPE_CHECKING:
     from conversion.parity import ParityReport
 
 
 def run_parity(adapter: Path, base: Path, *, quantise: str, steps: int, json_file: Path | None) -> None:
     """Compare, print the table, and exit with status 1 if a figure exceeds its bound."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
     console = Console()
     report = check(adapter, base, quantise=quantise, steps=steps, console=console)
     console.print(parity_table(report))
@@ -37,9 +41,10 @@ def check(adapter: Path, base: Path, *, quantise: str, steps: int, console: Cons
 
 def parity_table(report: ParityReport) -> Table:
     """The comparisons, a row each."""
-    table = Table("comparison", "figure", "bound", "", "worst at", title="JAX against PyTorch (PEFT, bitsandbytes)")
+    table = Table("comparison", "figure", "bound", "", title="JAX against PyTorch (PEFT, bitsandbytes)")
     for row in report.rows:
         figure = f"{row.figure:d}" if isinstance(row.figure, int) else f"{row.figure:.2e}"
         verdict = "[green]ok[/green]" if row.passed else "[bold red]FAILS[/bold red]"
-        table.add_row(f"{row.name}\n[dim]{row.unit}[/dim]", figure, f"{row.bound:g}", verdict, row.worst)
+        at = f"; worst: {row.worst}" if row.worst else ""
+        table.add_row(f"{row.name}\n[dim]{row.unit}{at}[/dim]", figure, f"{row.bound:g}", verdict)
     return table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moka_core import ModelError
+from moka_core import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,10 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
     if result.interrupted:
         raise KeyboardInterrupt
     console.print(
-        f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER", highlight=False, soft_wrap=True
+        f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -37,40 +40,61 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     with console.status(f"loading {config.base}"):
         model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
         tokenizer = load_tokenizer(config.base)
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length: expected at most the base model's context of {context}; got {config.data.max_length}"
+        )
     attach_fresh(model, config)
     return train(model, tokenizer, config, console=console)
 
 
-def run_export(run: Path, out: Path) -> None:
+def run_export(run: Path, out: Path, *, base: Path | None = None) -> None:
     """Write the newest adapter of a run."""
     from conversion import save_adapter
     from moka_jax import export_adapter
 
-    model, step = trained_model(run)
+    model, step = trained_model(run, base=base)
     adapter = export_adapter(model)
     save_adapter(adapter, out)
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers, after step {step}"
-    Console().print(told, highlight=False, soft_wrap=True)
+    Console().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-def trained_model(run: Path) -> tuple[Llama, int]:
-    """A model that holds a run's newest adapter and no base weights, and the step of that adapter."""
+def trained_model(run: Path, *, base: Path | None = None) -> tuple[Llama, int]:
+    """A model that holds a run's newest adapter and no base weights, and the step of that adapter.
+
+    Args:
+        base: where the base model is now, if not where the run found it.
+
+    Raises:
+        ModelError: the folder holds another model than the one that the run trained on.
+    """
     from flax import nnx
 
     from conversion import open_base
     from moka_jax.llama import Llama, LlamaConfig
-    from moka_jax.train import TrainConfig, restore_adapter, saved_config
+    from moka_jax.train import TrainConfig, restore_adapter, saved_run
 
-    config = TrainConfig.from_dict(saved_config(run))
-    base = open_base(config.base, quantise="none")
+    values, fingerprint = saved_run(run)
+    config = TrainConfig.from_dict(values)
+    folder = config.base if base is None else base
+    if not Path(folder).is_dir():
+        raise ModelError(f"{folder}: the run's base model is not there any more; say where it is with --base FOLDER")
+    opened = open_base(folder, quantise="none")
+    if fingerprint is not None and opened.fingerprint != fingerprint:
+        raise ModelError(
+            f"{folder}: holds another model than the one that {run} trained on: expected fingerprint "
+            f"{fingerprint[:16]}…, got {opened.fingerprint[:16]}…; say where the base is with --base FOLDER"
+        )
 
     def build() -> Llama:
-        model = Llama(LlamaConfig.from_hf_config(base.config), rngs=nnx.Rngs(0))
+        model = Llama(LlamaConfig.from_hf_config(opened.config), rngs=nnx.Rngs(0))
         attach_fresh(model, config)
         return model
 
     model = nnx.eval_shape(build)
-    model.base_fingerprint, model.base_model = base.fingerprint, base.name
+    model.base_fingerprint, model.base_model = opened.fingerprint, opened.name
     return model, restore_adapter(run, model)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model
 from moka_core.adapter import raise_problems
 from moka_core.cost import Execution
-from moka_jax.linear import MokaLinear, base_weight
+from moka_jax.linear import MokaLinear, base_weight, is_plain
 from moka_jax.nf4 import Nf4Linear
 from moka_jax.stack import Stack
 
@@ -71,7 +71,8 @@ def linear_sites(model: nnx.Module) -> list[Site]:
 def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: Execution = "auto") -> nnx.Module:
     """The model with a `MokaLinear` in place of every targeted linear layer; changed in place, and returned.
 
-    y = W x becomes y = W x + ΔW x, with ΔW = 0 at the start.
+    y = W x becomes y = W x + ΔW x, with ΔW = 0 at the start. `config.dropout` acts where `with_dropout_key` has set
+    a key: in every step of `moka_jax.train`; in a training loop of your own, call it on the model inside the loss.
 
     Args:
         model: any NNX model; its `nnx.Linear` and `Nf4Linear` layers can be targets.
@@ -170,11 +171,17 @@ def merge(model: nnx.Module) -> nnx.Module:
     A packed base is decoded: the merged layer is dense, and nothing is quantised again.
 
     Raises:
-        AdapterError: the model has no adapter.
+        AdapterError: the model has no adapter, or a layer computes more than x Wᵀ + b.
     """
     sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
     if not sites:
         raise AdapterError("merge: this model has no adapter; attach one, or import one, first")
+    special = [_dotted(site.path) for site in sites if not is_plain(site.base)]
+    if special:
+        raise AdapterError(
+            f"merge: {', '.join(special)} multiplies in a way of its own (dot_general, precision or promote_dtype), "
+            "which a merged weight would not keep; use the adapter unmerged"
+        )
     for site in sites:
         assert isinstance(site.module, MokaLinear)
         fold = _merged_weight if site.layers is None else nnx.vmap(_merged_weight)
@@ -190,6 +197,8 @@ def merge(model: nnx.Module) -> nnx.Module:
         if bias is not None:
             dense.bias = nnx.Param(bias)
         _replace(model, site.path, dense)
+    if hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = None  # it is another model now
     return model
 
 

@@ -29,6 +29,8 @@ class MokaLinear(nnx.Module):
     Holds, for group g of the plan: factor_a[g] (copies, a_out, a_in), factor_b[g] (copies, b_out, b_in), and
     gate_logits (terms,) if gated; a fixed identity is absent. Stacked over layers, each has one more leading axis.
 
+    Dropout is on only where `with_dropout_key` has set a key, as `moka_jax.train` does in every training step.
+
     Args:
         base: the frozen layer, `nnx.Linear` or `Nf4Linear`.
         plan: the shapes of the terms.
@@ -78,7 +80,7 @@ class MokaLinear(nnx.Module):
         dropout = self.dropout_key is not None
         tokens = math.prod(x.shape[:-1])
         execution = resolve_execution(self.execution, self.plan, self.config, tokens, own_product=dropout)
-        if execution == "merged" and not dropout:
+        if execution == "merged" and not dropout and is_plain(self.base):
             weight, bias = base_weight(self.base)
             dtype = self.base.dtype or jnp.result_type(x, weight, *(() if bias is None else (bias,)))
             return project(x.astype(dtype), weight + self.delta(), bias)
@@ -123,6 +125,14 @@ class MokaLinear(nnx.Module):
             return x
         keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
         return jnp.where(keep, x / (1 - self.config.dropout), jnp.zeros((), x.dtype))
+
+
+def is_plain(base: nnx.Linear | Nf4Linear) -> bool:
+    """Whether a base layer computes just x Wᵀ + b, so that a merged weight can take its place."""
+    if isinstance(base, Nf4Linear):
+        return True
+    changed = (base.dot_general is not jax.lax.dot_general, base.precision is not None)
+    return not any(changed) and base.promote_dtype is nnx.nn.dtypes.promote_dtype
 
 
 def base_weight(base: nnx.Linear | Nf4Linear) -> tuple[jax.Array, jax.Array | None]:

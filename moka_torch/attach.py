@@ -15,7 +15,7 @@ from moka_core.errors import AdapterError, ConfigError
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import MokaLinear
 from moka_torch.loading import adapted_layers
-from moka_torch.targets import plan_targets
+from moka_torch.targets import plan_stated
 from moka_torch.tuner import MokaConfig
 
 
@@ -112,19 +112,14 @@ def import_adapter(model: nn.Module | PeftModel, adapter: Adapter, adapter_name:
     adapter.validate()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_fingerprint(adapter.base_fingerprint, base)
-    plans = plan_targets(adapter.config, base)
-    extra, missing = adapter.layers.keys() - plans.keys(), plans.keys() - adapter.layers.keys()
-    problems = [f"{path}: the adapter has it, but it is no target in this model" for path in extra]
-    problems += [f"{path}: a target in this model, but the adapter has no such layer" for path in missing]
-    for path in plans.keys() & adapter.layers.keys():
-        if plans[path] != adapter.layers[path].plan:
-            problems.append(f"{path}: expected a {plans[path].key} layer's shapes; got {adapter.layers[path].plan.key}")
-    raise_problems(sorted(problems), "the adapter does not fit the model")
+    stated = {path: layer.plan.key for path, layer in adapter.layers.items()}
+    plan_stated(adapter.config, stated, base)
 
     config = MokaConfig.from_core(
         adapter.config,
         task_type=_task_type(base),
         base_fingerprint=adapter.base_fingerprint,
+        layers=stated,
     )
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)

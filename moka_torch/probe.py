@@ -31,6 +31,7 @@ def load_base(folder: str | os.PathLike[str], *, quantise: str = "nf4-double") -
     Raises:
         ConfigError: another word for `quantise`.
     """
+    import bitsandbytes as bnb
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     if quantise not in ("nf4-double", "nf4", "none"):
@@ -46,6 +47,15 @@ def load_base(folder: str | os.PathLike[str], *, quantise: str = "nf4-double") -
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **options)
     exact_on_cpu(model)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # a packed folder brings the dtype that it was packed from; here everything is float32
+            module.compute_dtype = torch.float32
+            weight: Any = module.weight
+            weight.quant_state.dtype = torch.float32
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
     return model.eval()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from moka_core import LayerPlan, MokaConfig, plan_model
+from moka_core import LayerPlan, MokaConfig, plan_layer, plan_model
+from moka_core.adapter import raise_problems
 from moka_core.errors import ConfigError, TargetError
 from moka_core.plan import ALL_LINEAR, matches
 from moka_torch.linear import MokaLinear
@@ -38,6 +40,29 @@ def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
     plans = plan_model(config, layers)
     for path in plans:
         refuse_module(path, modules[path], **kwargs)
+    return plans
+
+
+def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module) -> dict[str, LayerPlan]:
+    """The plan of exactly the layers that an adapter states, "OUTxIN" by path; its target_modules are not read.
+
+    Raises:
+        AdapterError: the model has no such linear layer, or one of other dimensions; all are listed.
+        TargetError: a layer carries an adapter of another method.
+    """
+    kwargs = get_quantization_kwargs(model)
+    modules = _outer_modules(model)
+    problems, plans = [], {}
+    for path, key in sorted(stated.items()):
+        dims = linear_dims(modules[path], **kwargs) if path in modules else None
+        if dims is None:
+            problems.append(f"{path}: the adapter has it, but this model has no such linear layer")
+        elif f"{dims[0]}x{dims[1]}" != key:
+            problems.append(f"{path}: the adapter is for {key}, the model's layer is {dims[0]}x{dims[1]}")
+        else:
+            refuse_module(path, modules[path], **kwargs)
+            plans[path] = plan_layer(config, *dims)
+    raise_problems(problems, "the adapter does not fit the model")
     return plans
 
 

@@ -19,13 +19,12 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 
 import moka_core
-from moka_core.adapter import raise_problems
 from moka_core.config import check_keys
 from moka_core.errors import ConfigError
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import MokaLinear, refuse_adapter_names
 from moka_torch.loading import check_state_dict
-from moka_torch.targets import check_adapter_name, plan_targets, refuse_module
+from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, refuse_module
 
 FORMAT_VERSION = 1
 PREFIX = "moka_"
@@ -51,8 +50,8 @@ class MokaConfig(PeftConfig):
         target_modules: as in `moka_core.MokaConfig`; None takes q_proj and v_proj on a LLaMA-like model.
         format_version: of the adapter folder.
         base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
-        layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`, and compared with the
-            model's if it is there already.
+        layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`. If it is there already,
+            as in a saved adapter, it decides which layers are adapted, and `target_modules` is not read.
 
     The other fields are described in `moka_core.MokaConfig`. What PEFT offers for other methods and this
     one does not do (modules_to_save, exclude_modules, layers_to_transform, bias, …) is no field: passing it
@@ -170,9 +169,10 @@ class MokaModel(BaseTuner):
         self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
-        plans = plan_targets(config.to_core(), model)
+        core = config.to_core()
+        plans = plan_stated(core, config.layers, model) if config.layers else plan_targets(core, model)
         config.base_fingerprint = check_fingerprint(config.base_fingerprint, model)
-        config.layers = _check_layers(config.layers, {path: plan.key for path, plan in plans.items()})
+        config.layers = {path: plan.key for path, plan in plans.items()}
         config.shapes = {plan.key: [group.to_list() for group in plan.groups] for _, plan in sorted(plans.items())}
         self.peft_config[adapter_name] = config
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and
@@ -222,22 +222,6 @@ class MokaModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-
-
-def _check_layers(stated: dict[str, str], found: dict[str, str]) -> dict[str, str]:
-    """The model's targeted layers, if the config states none or the same."""
-    problems = [
-        f"{path}: the adapter has it, but it is no target in this model" for path in stated.keys() - found.keys()
-    ]
-    problems += [f"{path}: a target in this model, but the adapter has no such layer" for path in found.keys() - stated]
-    problems += [
-        f"{path}: the adapter is for {stated[path]}, the model's layer is {found[path]}"
-        for path in stated.keys() & found.keys()
-        if stated[path] != found[path]
-    ]
-    if stated:
-        raise_problems(sorted(problems), "the adapter does not fit the model")
-    return found
 
 
 def register() -> None:

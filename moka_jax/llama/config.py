@@ -86,8 +86,10 @@ class LlamaConfig:
         problems = []
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             problems.append(f"hidden_act: expected silu; got {config['hidden_act']!r}")
-        if config.get("sliding_window"):
-            problems.append(f"sliding_window: expected none; got {config['sliding_window']!r}")
+        # transformers' default for a Mistral without the key is a window of 4096
+        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+        if window:
+            problems.append(f"sliding_window: expected none (null); got {window!r}")
         if problems:
             raise ModelError("config.json: " + "; ".join(problems))
         return cls(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -146,8 +145,3 @@ def _owner(model: nnx.Module, path: tuple[str, ...]) -> Any:
 
 def _set(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
     setattr(_owner(model, tuple(map(str, path))), str(path[-1]), module)
-
-
-def parameter_bytes(model: nnx.Module) -> int:
-    """Bytes of all variables of a model."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))

@@ -12,7 +12,7 @@ from moka_jax.train.config import (
 from moka_jax.train.data import Dataset, Example, load_dataset
 from moka_jax.train.loop import TrainingError, TrainResult, train
 from moka_jax.train.metrics import plot_losses, read_metrics
-from moka_jax.train.saved import restore_adapter, saved_config
+from moka_jax.train.saved import restore_adapter, saved_run
 from moka_jax.train.step import make_eval_step, make_optimiser, make_train_step
 
 __all__ = [
@@ -34,6 +34,6 @@ __all__ = [
     "plot_losses",
     "read_metrics",
     "restore_adapter",
-    "saved_config",
+    "saved_run",
     "train",
 ]

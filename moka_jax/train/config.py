@@ -19,8 +19,9 @@ Quantise = Literal["nf4-double", "nf4", "none"]
 Dtype = Literal["float32", "bfloat16"]
 Schedule = Literal["cosine", "constant"]
 
-# What may differ between a checkpoint and the run that resumes it: where files go and how often something is done.
-FREE_FIELDS = ("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+# What may differ between a checkpoint and the run that resumes it: where files are and how often something is done.
+# (That the base model is the same one is seen from its fingerprint, not from its folder.)
+FREE_FIELDS = ("base", "output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)

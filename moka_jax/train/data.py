@@ -27,7 +27,7 @@ _SHOWN = 5
 
 # Some chat templates write today's date. A macro of that name hides the function, so that a run resumed tomorrow
 # learns from the same tokens.
-_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -335,17 +335,29 @@ def _chat_texts(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBa
     """For every assistant's message, what the template writes before it and what it writes up to its end."""
 
     def write(upto: int, *, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            messages[:upto], chat_template=_FIXED_DATE + template, tokenize=False, add_generation_prompt=prompt
-        )
-        assert isinstance(text, str)
-        return text
+        return chat_text(messages[:upto], tokenizer, template, prompt=prompt)
 
     try:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         return tuple(text for turn in turns for text in (write(turn, prompt=True), write(turn + 1, prompt=False)))
     except jinja2.TemplateError as error:
         raise _LineProblem(f"the tokenizer's chat template refuses these messages: {error}") from None
+
+
+def chat_text(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, template: str, *, prompt: bool
+) -> str:
+    """What a chat template writes for messages, in training and in generation alike.
+
+    Args:
+        template: of `tokenizer.get_chat_template()`.
+        prompt: add what comes before an assistant's answer.
+    """
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=_FIXED_DATE + template, tokenize=False, add_generation_prompt=prompt
+    )
+    assert isinstance(text, str)
+    return text
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, ...]]) -> Iterator[list[list[int]]]:

@@ -13,8 +13,8 @@ from moka_jax.linear import MokaParam
 from moka_jax.train.checkpoint import FORMAT_VERSION, CheckpointError
 
 
-def saved_config(run: str | Path) -> dict[str, Any]:
-    """The settings of the run in an output folder, as plain values for `TrainConfig.from_dict`.
+def saved_run(run: str | Path) -> tuple[dict[str, Any], str | None]:
+    """The settings of the run in an output folder, for `TrainConfig.from_dict`, and its base model's fingerprint.
 
     Raises:
         CheckpointError: the folder has no checkpoint, or the newest one cannot be read.
@@ -29,7 +29,7 @@ def saved_config(run: str | Path) -> dict[str, Any]:
             f"{newest}: expected a checkpoint of this program, format {FORMAT_VERSION}; "
             f"got format {saved.get('format_version')!r}"
         )
-    return saved["config"]
+    return saved["config"], saved["meaning"]["base model"]
 
 
 def restore_adapter(run: str | Path, model: nnx.Module) -> int:

@@ -15,7 +15,7 @@ import moka_jax.mixture
 import moka_jax.nf4
 from conversion import open_base, save_adapter
 from conversion.parity import ParityReport, check_parity, compare, token_batches
-from moka_core import Adapter, AdapterError, MokaConfig
+from moka_core import Adapter, AdapterError, ConfigError, MokaConfig
 from moka_core.probe import AdamW
 from moka_jax.probe import JaxProbe
 from moka_torch.probe import TorchProbe
@@ -164,6 +164,46 @@ def test_a_figure_that_is_not_a_number_does_not_pass(base, adapter, reference):
     batches = token_batches(base, 256, count=1, batch_size=1, length=32, seed=0)
     report = compare(Broken(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
     assert "logits" in failures(report)
+
+
+@pytest.mark.parametrize("stage", ["deltas", "gradients"])
+def test_a_nan_in_the_first_of_several_arrays_does_not_pass(base, adapter, reference, stage):
+    """The worst figure must not be overwritten by the finite ones that come after it."""
+
+    class Broken(JaxProbe):
+        def deltas(self):
+            for index, (path, delta) in enumerate(super().deltas()):
+                yield path, delta * np.nan if stage == "deltas" and index == 0 else delta
+
+        def gradients(self, batch):
+            loss, grads = super().gradients(batch)
+            first = next(iter(grads))
+            return loss, {**grads, first: grads[first] * np.nan} if stage == "gradients" else grads
+
+    batches = token_batches(base, 256, count=1, batch_size=1, length=32, seed=0)
+    report = compare(Broken(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
+    assert failures(report) == {"ΔW, JAX, against float64" if stage == "deltas" else "gradients"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_bitsandbytes_packed_before_is_compared_in_float32(base, tmp_path, dtype):
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), quantization_config=nf4)
+    model.save_pretrained(tmp_path / "packed")
+    packed = open_base(tmp_path / "packed")
+    save_adapter(random_adapter(packed, CONFIG), tmp_path / "adapter")
+    report = check_parity(tmp_path / "adapter", tmp_path / "packed", steps=2, length=32)
+    assert report.passed, figures(report)
+    assert figures(report)["decoded weights"] == 0
+
+
+@pytest.mark.parametrize("options", [{"steps": -1}, {"batch_size": 0}, {"length": 1}])
+def test_numbers_out_of_range_are_refused(base, folder, options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected at least"):
+        check_parity(folder, base, **options)
 
 
 def test_an_adapter_for_another_base_is_refused_before_anything_is_compared(folder, tmp_path):

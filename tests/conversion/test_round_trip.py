@@ -52,6 +52,15 @@ def test_jax_to_pytorch_to_jax_is_bit_equal(base, tmp_path, name):
     assert_same_bits(started, export_adapter(back))
 
 
+def test_a_regular_expression_that_peft_reads_otherwise_still_loads_in_peft(base, tmp_path):
+    """`layers` decides what is adapted, not target_modules: JAX knows linear layers only, PEFT every module."""
+    config = MokaConfig(r=2, num_shapes=1, target_modules=r".*layers\..*")
+    model = import_adapter(load_llama(open_base(base)), random_adapter(open_base(base), config))
+    save_adapter(export_adapter(model), tmp_path / "adapter")
+    in_torch = PeftModel.from_pretrained(load_base(base), str(tmp_path / "adapter"))
+    assert_same_bits(export_adapter(model), moka_torch.export_adapter(in_torch))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_peft_trained_and_saved_computes_the_same_in_jax(base, tmp_path, name):
     torch.manual_seed(0)

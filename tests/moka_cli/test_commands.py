@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from conversion import load_adapter, open_base, save_adapter
+from moka_cli.generate import prompt_tokens
 from moka_cli.main import main
 from moka_core import MokaConfig
-from tests.moka_jax.train_toys import make_tokenizer
+from moka_jax.train import load_dataset
+from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama
 
 
@@ -69,6 +73,15 @@ def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
 
     assert call("export", run / "out", run / "adapter") == 1
     assert "expected a folder that does not exist yet" in capsys.readouterr().err
+
+    other = save_tiny_llama(run / "other", seed=5, vocab_size=320, max_position_embeddings=128)
+    assert call("export", run / "out", run / "elsewhere", "--base", other) == 1
+    assert "holds another model than the one that" in capsys.readouterr().err
+    assert not (run / "elsewhere").exists()
+    moved = shutil.copytree(base, run / "moved")
+    assert call("export", run / "out", run / "elsewhere", "--base", moved) == 0
+    assert load_adapter(run / "elsewhere").base_fingerprint == adapter.base_fingerprint
+    assert call("train", run / "run.yaml", "optimiser.warmup_steps=1", f"base={moved}") == 0, "a moved base resumes"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +161,23 @@ def test_a_model_folder_that_is_no_llama_is_refused_by_name(tmp_path, base, caps
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     assert call("generate", "--base", folder, "--prompt", "x") == 1
     assert "model_type 'bert' is not supported; supported: llama" in capsys.readouterr().err
+
+
+def test_examples_may_not_be_longer_than_the_models_context(run, capsys):
+    assert call("train", run / "run.yaml", "data.max_length=129", f"output={run / 'long'}") == 1
+    assert "data.max_length: expected at most the base model's context of 128; got 129" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["\n\n" + TEMPLATE, "{{ strftime_now('%d %b %Y') }}" + TEMPLATE])
+def test_generation_reads_the_prompt_that_training_taught(tmp_path, template):
+    """Also where a template begins with white space, or writes today's date."""
+    tokenizer = make_tokenizer(template)
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "what?", "completion": "that."}) + "\n")
+    example = load_dataset(path, tokenizer, max_length=128).examples[0]
+    taught = example.tokens[: int(np.argmax(example.loss_mask))].tolist()
+    assert prompt_tokens(tokenizer, "what?") == taught
+    assert tokenizer.decode(taught).startswith(("\n\n", "26 Jul 2024"))
 
 
 def test_a_prompt_beyond_the_context_is_refused(base, capsys):

@@ -14,6 +14,7 @@ from flax import nnx
 
 import moka_jax.linear
 from moka_core import (
+    AdapterError,
     ConfigError,
     KronShape,
     LayerPlan,
@@ -24,7 +25,7 @@ from moka_core import (
     quantise_nf4,
 )
 from moka_core.oracle import dense_delta, dense_gradients
-from moka_jax import MokaLinear, MokaParam, Nf4Linear, with_dropout_key
+from moka_jax import MokaLinear, MokaParam, Nf4Linear, attach, merge, with_dropout_key
 from tests.cases import CASES, random_factors, random_layer
 from tests.moka_jax.toys import randomise, run
 
@@ -274,3 +275,22 @@ def test_random_factors_reach_every_entry_of_delta():
     """The measure of the tests above: an adapter that is non-zero everywhere."""
     factors = random_factors(plan_layer(CONFIG, OUT, IN), CONFIG, np.random.default_rng(0))
     assert np.abs(dense_delta(factors, CONFIG)).min() > 0
+
+
+def test_a_base_that_multiplies_in_its_own_way_is_asked_and_not_replaced():
+    """A merged weight would pass by `dot_general`; the answer must not depend on the number of tokens."""
+
+    def doubled(x, kernel, dimensions, **options):
+        return 2 * jax.lax.dot_general(x, kernel, dimensions, **options)
+
+    def model():
+        return nnx.Sequential(nnx.Linear(24, 32, dot_general=doubled, rngs=nnx.Rngs(0)))
+
+    config = MokaConfig(r=2, num_shapes=1, target_modules=r"layers\.0")
+    x = np.random.default_rng(0).standard_normal((64, 24)).astype(np.float32)
+    expected = np.asarray(model()(x))
+    for execution in ("merged", "factored", "auto"):
+        found = np.asarray(attach(model(), config, execution=execution)(x))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    with pytest.raises(AdapterError, match="multiplies in a way of its own"):
+        merge(attach(model(), config))
