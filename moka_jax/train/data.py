@@ -26,8 +26,8 @@ ROLES = ("system", "user", "assistant")
 _SHOWN = 5
 
 # Some chat templates write today's date. A macro of that name hides the function, so that a run resumed tomorrow
-# learns from the same tokens.
-_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# learns from the same tokens. (The empty expression keeps a newline with which the template itself may begin.)
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

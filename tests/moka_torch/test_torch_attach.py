@@ -92,14 +92,13 @@ def test_a_refused_import_leaves_the_model_alone(load, settings, peft_first):
     broken = LayerFactors(
         plan=q_proj.plan, factor_a=q_proj.factor_a, factor_b=q_proj.factor_b, gate_logits=q_proj.gate_logits * np.nan
     )
-    few = dict(sound.layers)
-    del few[path]
     refused = {
         "q_proj: gate_logits has NaN": {"layers": {**sound.layers, path: broken}},
         "trained on another base model": {"base_fingerprint": "f" * 64},
-        "q_proj: a target in this model, but the adapter has no such layer": {"layers": few},
-        "lm_head: the adapter has it, but it is no target": {"layers": {**sound.layers, "lm_head": q_proj}},
-        "q_proj: expected a 64x64 layer's shapes; got 32x64": {"layers": {**sound.layers, path: v_proj}},
+        "nowhere: the adapter has it, but this model has no such linear layer": {
+            "layers": {**sound.layers, "nowhere": q_proj}
+        },
+        "q_proj: the adapter is for 32x64, the model's layer is 64x64": {"layers": {**sound.layers, path: v_proj}},
     }
     model = load()
     if peft_first:
@@ -208,3 +207,10 @@ def test_generation_works_with_the_adapter(load, settings):
     assert tokens.shape == (1, IDS.shape[1] + 3)
     full = model(tokens).logits[0, -2]
     assert int(full.argmax()) == int(tokens[0, -1])
+
+
+def test_the_adapters_own_layers_decide_and_not_its_target_modules(load, settings):
+    sound = random_adapter(load(), settings)
+    few = {path: layer for path, layer in sound.layers.items() if path.startswith("model.layers.0.")}
+    model = import_adapter(load(), dataclasses.replace(sound, layers=few))
+    assert set(export_adapter(model).layers) == set(few)
