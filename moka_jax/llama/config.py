@@ -89,7 +89,7 @@ class LlamaConfig:
         # transformers' default for a Mistral without the key is a window of 4096
         window = config.get("sliding_window", 4096 if kind == "mistral" else None)
         if window:
-            problems.append(f"sliding_window: expected none (null); got {window!r}")
+            problems.append(f"sliding_window: expected none; got {window!r}")
         if problems:
             raise ModelError("config.json: " + "; ".join(problems))
         return cls(

@@ -44,8 +44,8 @@ def generate(
     foreign = sorted({int(token) for token in prompt if not 0 <= token < vocabulary})
     if foreign:  # a look-up outside of the table gives NaN in JAX, not an error
         raise DataError(f"generate: expected tokens from 0 to {vocabulary - 1}; got {', '.join(map(str, foreign[:8]))}")
-    if max_new_tokens < 1:
-        raise DataError(f"generate: expected at least one new token; got {max_new_tokens}")
+    if max_new_tokens < 0:
+        raise DataError(f"generate: expected max_new_tokens of at least 0; got {max_new_tokens}")
     if len(prompt) + max_new_tokens > context:
         raise DataError(
             f"generate: {len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "

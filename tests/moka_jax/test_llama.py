@@ -170,6 +170,7 @@ def test_a_loaded_model_holds_arrays_only_and_knows_its_base(tmp_path):
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window: expected none; got 4096"),
+        ({"model_type": "mistral"}, "sliding_window: expected none; got 4096"),  # transformers' default
         ({"hidden_act": "gelu", "sliding_window": 8}, "hidden_act: expected silu; got 'gelu'; sliding_window"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
