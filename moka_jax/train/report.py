@@ -25,7 +25,7 @@ class Report:
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("training"),
-                BarColumn(),
+                BarColumn(bar_width=16),  # all columns fit 80 characters
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TextColumn("left"),
