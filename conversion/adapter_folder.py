@@ -143,7 +143,11 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except OSError:
-        raise AdapterError(f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
+        run = (path.parent / "checkpoints").is_dir()
+        hint = f"; {path.parent} is a training run: moka export writes its adapter" if run else ""
+        raise AdapterError(
+            f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):

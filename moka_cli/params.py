@@ -89,9 +89,10 @@ def _print(arch: str, name: str, config: MokaConfig, plans: dict[str, LayerPlan]
         f"LoRA r={LORA_RANK} on {', '.join(LORA_TARGETS)} would train {summary['lora_r32']:,}: "
         f"{summary['fewer_than_lora_r32']:.1f} times as many"
     )
-    table = Table("layer (out x in)", "layers", "terms of each shape", "parameters a layer")
-    counts = Counter(plan.key for plan in plans.values())
-    for key, plan in {plan.key: plan for plan in plans.values()}.items():
+    table = Table("layer", "out x in", "layers", "terms of each shape", "parameters a layer")
+    kinds = {path: (path.rpartition(".")[2], plan.key) for path, plan in plans.items()}
+    counts = Counter(kinds.values())
+    for (name, key), plan in {kinds[path]: plan for path, plan in plans.items()}.items():
         shapes = "\n".join(f"{group.copies} x {group.shape}" for group in plan.groups)
-        table.add_row(key, str(counts[key]), shapes, f"{plan.trainable(config):,}")
+        table.add_row(name, key, str(counts[name, key]), shapes, f"{plan.trainable(config):,}")
     console.print(table)

@@ -124,6 +124,8 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not Path(base).is_dir():
+        raise ModelError(f"{base}: no such folder; expected a Hugging Face model folder (config.json, safetensors)")
     if not (Path(base) / "tokenizer.json").is_file() and not (Path(base) / "tokenizer.model").is_file():
         raise ModelError(f"{base}: expected a tokenizer (tokenizer.json or tokenizer.model); found none")
     return AutoTokenizer.from_pretrained(base)

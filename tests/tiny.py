@@ -17,6 +17,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **fields) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
