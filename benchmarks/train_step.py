@@ -107,7 +107,7 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> N
     )
     print("| variant | ratio to frozen base | median s | fastest, slowest s |\n|---|---|---|---|")
     for name, times in seconds.items():
-        print(f"| {name} | {medians[name] / frozen:.2f} | {medians[name]:.2f} | {min(times):.2f}, {max(times):.2f} |")
+        print(f"| {name} | {medians[name] / frozen:.2f} | {medians[name]:.3g} | {min(times):.3g}, {max(times):.3g} |")
 
 
 def _arguments() -> argparse.Namespace:
