@@ -162,6 +162,11 @@ class BaseFolder:
             ModelError: names that our LLaMA has no place for (all are listed); a weight that is not NF4 but
                 packed, or that cannot be packed.
         """
+        for name in self._names():
+            yield name, self._weight(name)
+
+    def _names(self) -> list[str]:
+        """The tensors that our LLaMA has a place for; the parts of a packed weight count as the weight."""
         names = [name for name in sorted(self.files) if not _is_part(name, self.files) and not _IGNORED.fullmatch(name)]
         if self.config.get("tie_word_embeddings") and "lm_head.weight" in names:
             names.remove("lm_head.weight")
@@ -170,25 +175,28 @@ class BaseFolder:
             raise ModelError(
                 f"{self.folder}: no LLaMA tensor is called {', '.join(unknown[:8])}{' …' * (len(unknown) > 8)}"
             )
-        for name in names:
-            if f"{name}.{STATE_KEY}" in self.files:
-                parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
-                state = {part: self.tensor(part) for part in parts if part in self.files}
-                try:
-                    yield name, from_bitsandbytes(name, state)
-                except ModelError as error:
-                    raise ModelError(f"{self.folder}: {error}") from error
-                continue
-            value = self.tensor(name)
-            if value.dtype == np.uint8:
-                raise ModelError(f"{self.folder}: {name} is packed, but not as NF4; only NF4 is supported")
-            place = flax_place(name)
-            assert place is not None
-            pack = place.packable and self.quantise != "none"
+        return names
+
+    def _weight(self, name: str) -> np.ndarray | Nf4Weight:
+        """One of `_names`: as it stands if packed, packed if it is to be, dense otherwise."""
+        if f"{name}.{STATE_KEY}" in self.files:
+            parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
+            state = {part: self.tensor(part) for part in parts if part in self.files}
             try:
-                yield name, quantise_nf4(value, double=self.quantise == "nf4-double") if pack else value
+                return from_bitsandbytes(name, state)
             except ModelError as error:
-                raise ModelError(f"{self.folder}: {name}: {error}") from error
+                raise ModelError(f"{self.folder}: {error}") from error
+        value = self.tensor(name)
+        if value.dtype == np.uint8:
+            raise ModelError(f"{self.folder}: {name} is packed, but not as NF4; only NF4 is supported")
+        place = flax_place(name)
+        assert place is not None
+        if not place.packable or self.quantise == "none":
+            return value
+        try:
+            return quantise_nf4(value, double=self.quantise == "nf4-double")
+        except ModelError as error:
+            raise ModelError(f"{self.folder}: {name}: {error}") from error
 
     def flax_tensors(self) -> Iterator[tuple[FlaxPath, int | None, np.ndarray | Nf4Weight]]:
         """(path in our LLaMA, layer or None, value): linear weights (in, out) if dense, (out, in) if packed."""
@@ -202,10 +210,10 @@ class BaseFolder:
 
     def dense(self, name: str) -> np.ndarray:
         """One linear weight (out, in) as the model computes with it: decoded if packed (or to be packed)."""
-        for found, value in self.weights():
-            if found == name:
-                return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value
-        raise ModelError(f"{self.folder}: has no tensor {name!r}")
+        if name not in self._names():
+            raise ModelError(f"{self.folder}: has no tensor {name!r}")
+        value = self._weight(name)
+        return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value
 
 
 def open_base(folder: str | os.PathLike[str], *, quantise: Quantise = "nf4-double") -> BaseFolder:
