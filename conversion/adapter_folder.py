@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, LayerPlan, MokaConfig
 from moka_core.adapter import raise_problems, tensor_problems
-from moka_core.config import check_keys
+from moka_core.config import RUNTIME_FIELDS, check_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -118,7 +118,7 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
 def folder_config(adapter: Adapter) -> dict[str, Any]:
     """The contents of adapter_config.json: PEFT's fields, MoKA's, and what ties the two to the tensors."""
     plans = {layer.plan.key: layer.plan for layer in adapter.layers.values()}
-    config = adapter.config.to_dict()
+    config = {key: value for key, value in adapter.config.to_dict().items() if key not in RUNTIME_FIELDS}
     config["shapes"] = {key: [group.to_list() for group in plans[key].groups] for key in sorted(plans)}
     return {
         **PEFT_FIELDS,
@@ -162,10 +162,11 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     own = {key: values.get(key) for key in (*PEFT_FIELDS, *OWN_FIELDS)}
     mixture = {key: value for key, value in values.items() if key not in own}
     try:
-        missing = sorted(set(MokaConfig().to_dict()) - set(mixture))
+        stored = set(MokaConfig().to_dict()) - set(RUNTIME_FIELDS)
+        missing = sorted(stored - set(mixture))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
-        check_keys(mixture, MokaConfig().to_dict(), where="fields")
+        check_keys(mixture, sorted(stored), where="fields")
         config = MokaConfig.from_dict(mixture)
     except ConfigError as error:
         raise AdapterError(f"{path}: {error}") from error

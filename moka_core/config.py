@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moka_core.errors import ConfigError
+from moka_core.execution import Execution, check_execution
 from moka_core.plan import LayerPlan, ShapeGroup
 
 Gate = Literal["softmax", "uniform"]
 Scaling = Literal["none", "stable"]
 Factor = Literal["a", "b"]
 Identity = Literal["none", "a", "b"]
+
+# Fields that say how an adapter is computed, not what it is: a saved adapter does not hold them.
+RUNTIME_FIELDS = ("execution",)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("softmax", "uniform"),
@@ -51,6 +55,8 @@ class MokaConfig:
         dropout: probability that an input of ΔW is dropped in training, 0 <= dropout < 1.
         target_modules: names or dotted suffixes of linear layers, or one regular expression
             for the whole path, or "all-linear" (every linear layer but the output head).
+        execution: how it is computed, not what: "auto", "factored" or "merged" (`moka_core.execution`). It is
+            no part of the adapter: a saved adapter does not hold it.
 
     Raises:
         ConfigError: a field is outside its range, or two fields contradict each other.
@@ -72,12 +78,14 @@ class MokaConfig:
     zero_factor: Factor = "b"
     dropout: float = 0.1
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    execution: Execution = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+        check_execution(self.execution)
         for name in ("r", "num_shapes", "block_entries"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -3,6 +3,7 @@
 from moka_jax.attach import attach, export_adapter, import_adapter, merge
 from moka_jax.linear import MokaLinear, MokaParam, with_dropout_key
 from moka_jax.nf4 import Nf4Linear
+from moka_jax.product import moka_apply
 
 __all__ = [
     "MokaLinear",
@@ -12,5 +13,6 @@ __all__ = [
     "export_adapter",
     "import_adapter",
     "merge",
+    "moka_apply",
     "with_dropout_key",
 ]

@@ -13,9 +13,9 @@ from flax import nnx
 
 from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model
 from moka_core.adapter import raise_problems
-from moka_core.cost import Execution
-from moka_jax.linear import MokaLinear, base_weight, is_plain
-from moka_jax.nf4 import Nf4Linear
+from moka_core.execution import Execution
+from moka_jax.linear import MokaLinear, frozen_arrays, is_plain
+from moka_jax.nf4 import Nf4Linear, frozen_weight
 from moka_jax.stack import Stack
 
 
@@ -68,7 +68,7 @@ def linear_sites(model: nnx.Module) -> list[Site]:
     return sorted(sites, key=lambda site: tuple(map(str, site.path)))
 
 
-def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: Execution = "auto") -> nnx.Module:
+def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: Execution | None = None) -> nnx.Module:
     """The model with a `MokaLinear` in place of every targeted linear layer; changed in place, and returned.
 
     y = W x becomes y = W x + ΔW x, with ΔW = 0 at the start. `config.dropout` acts where `with_dropout_key` has set
@@ -78,7 +78,7 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
         model: any NNX model; its `nnx.Linear` and `Nf4Linear` layers can be targets.
         config: the adapter's settings.
         seed: draws the factors that do not start at zero.
-        execution: see `MokaLinear`.
+        execution: see `MokaLinear`; None takes `config.execution`.
 
     Raises:
         TargetError: a target matches no layer, only some layers of a stack, or a layer that cannot be replaced.
@@ -88,17 +88,12 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
     plans = plan_model(config, {name: site.dims for site in sites for name in site.names})
-    chosen = _choose(model, sites, plans)
     key = jax.random.key(seed)
-    for index, (site, plan) in enumerate(chosen):
-        layer = MokaLinear(
-            site.base,
-            plan,
-            config,
-            key=jax.random.fold_in(key, index),
-            layers=site.layers,
-            execution=execution,
-        )
+    layers = []  # all of them before any is put in place: what is refused leaves the model as it was
+    for index, (site, plan) in enumerate(_choose(model, sites, plans)):
+        own = jax.random.fold_in(key, index)
+        layers.append((site, _adapted(site, plan, config, key=own, execution=execution)))
+    for site, layer in layers:
         _replace(model, site.path, layer)
     return model
 
@@ -121,7 +116,8 @@ def export_adapter(model: nnx.Module) -> Adapter:
             layers[name] = site.module.to_factors(None if site.layers is None else index)
     first = sites[0].module
     assert isinstance(first, MokaLinear)
-    config = dataclasses.replace(first.config, shapes=tuple(plans[key] for key in sorted(plans)))
+    shapes = tuple(plans[key] for key in sorted(plans))
+    config = dataclasses.replace(first.config, shapes=shapes, execution="auto")  # how it was computed is no part of it
     fingerprint = getattr(model, "base_fingerprint", None)
     return Adapter(
         config=config, layers=layers, base_fingerprint=fingerprint, base_model=getattr(model, "base_model", None)
@@ -129,12 +125,13 @@ def export_adapter(model: nnx.Module) -> Adapter:
 
 
 def import_adapter(
-    model: nnx.Module, adapter: Adapter, *, allow_other_base: bool = False, execution: Execution = "auto"
+    model: nnx.Module, adapter: Adapter, *, allow_other_base: bool = False, execution: Execution | None = None
 ) -> nnx.Module:
     """The model with a trained adapter on it; changed in place, and returned. Nothing changes if it does not fit.
 
     Args:
         allow_other_base: accept an adapter that was trained on another base model.
+        execution: see `MokaLinear`.
 
     Raises:
         AdapterError: the adapter is not sound, is for other layers or shapes, or for another base.
@@ -158,8 +155,8 @@ def import_adapter(
     except TargetError as error:
         raise AdapterError(f"adapter does not fit this model: {error}") from error
     key = jax.random.key(0)
-    for site, plan in chosen:
-        layer = MokaLinear(site.base, plan, adapter.config, key=key, layers=site.layers, execution=execution)
+    layers = [(site, _adapted(site, plan, adapter.config, key=key, execution=execution)) for site, plan in chosen]
+    for site, layer in layers:
         layer.set_factors([adapter.layers[name] for name in site.names])
         _replace(model, site.path, layer)
     return model
@@ -211,8 +208,18 @@ def check_base(adapter: str | None, model: str | None) -> None:
         )
 
 
+def _adapted(
+    site: Site, plan: LayerPlan, config: MokaConfig, *, key: jax.Array, execution: Execution | None
+) -> MokaLinear:
+    try:
+        return MokaLinear(site.base, plan, config, key=key, layers=site.layers, execution=execution)
+    except ConfigError as error:
+        raise ConfigError(f"{_dotted(site.path)}: {error}") from None
+
+
 def _merged_weight(layer: MokaLinear) -> tuple[jax.Array, jax.Array | None]:
-    weight, bias = base_weight(layer.base)
+    arrays, bias = frozen_arrays(layer.base)
+    weight = frozen_weight(arrays, (layer.base.out_features, layer.base.in_features))
     return (weight + layer.delta()).astype(weight.dtype), bias
 
 

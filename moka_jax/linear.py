@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moka_core import LayerFactors, LayerPlan, MokaConfig
-from moka_core.cost import Execution, resolve_execution
-from moka_jax.mixture import delta_weight, factored_apply
-from moka_jax.nf4 import Nf4Linear, project
+from moka_core import ConfigError, LayerFactors, LayerPlan, MokaConfig
+from moka_core.execution import Execution, Schedule, check_execution, plan_execution
+from moka_jax.mixture import coefficients, delta_weight
+from moka_jax.nf4 import Frozen, Nf4Linear
+from moka_jax.product import Mixture, Statics, mixture_product
 
 
 class MokaParam(nnx.LoRAParam):
@@ -37,7 +38,12 @@ class MokaLinear(nnx.Module):
         config: gate, scaling, identity, initialisation and dropout.
         key: draws the factor that does not start at zero, every copy (and layer) independently.
         layers: length of the leading axis if the layer is part of a stack.
-        execution: "factored", "merged", or "auto" to choose by cost from the static shapes.
+        execution: "factored", "merged", or "auto" to choose by cost from the static shapes; None takes
+            `config.execution`. Merged, the layer makes one product with W + ΔW; where dropout gives ΔW another input,
+            ΔW has a product of its own.
+
+    Raises:
+        ConfigError: the execution is unknown, or it is "merged" and the base computes more than x Wᵀ + b.
     """
 
     def __init__(
@@ -48,14 +54,14 @@ class MokaLinear(nnx.Module):
         *,
         key: jax.Array,
         layers: int | None = None,
-        execution: Execution = "auto",
+        execution: Execution | None = None,
     ) -> None:
         self.base = base
         self.plan = plan
         self.config = config
         self.layers = layers
-        resolve_execution(execution, plan, config, 1)  # refuses an unknown one now, not at the first call
-        self.execution = execution
+        self.execution = config.execution if execution is None else execution
+        _check_execution(self.execution, base)
         self.dropout_key: DropoutKey | None = nnx.data(None)
         lead = () if layers is None else (layers,)
         factors: dict[str, list[MokaParam]] = {"a": [], "b": []}
@@ -75,20 +81,46 @@ class MokaLinear(nnx.Module):
         """ΔW, (out, in), in the factors' dtype."""
         return delta_weight(self.plan, self.config, *self._factors())
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (..., in) to (..., out), in the dtype of the base layer's output."""
-        dropout = self.dropout_key is not None
-        tokens = math.prod(x.shape[:-1])
-        execution = resolve_execution(self.execution, self.plan, self.config, tokens, own_product=dropout)
-        if execution == "merged" and not dropout and is_plain(self.base):
-            weight, bias = base_weight(self.base)
-            dtype = self.base.dtype or jnp.result_type(x, weight, *(() if bias is None else (bias,)))
-            return project(x.astype(dtype), weight + self.delta(), bias)
+    def __call__(self, x: jax.Array, *, execution: Execution | None = None) -> jax.Array:
+        """x (..., in) to (..., out), in the dtype of the base layer's output.
+
+        Args:
+            execution: for this call, in place of the layer's own.
+
+        Raises:
+            ConfigError: as when the layer is made.
+        """
+        schedule, into_base = self.schedule(math.prod(x.shape[:-1]), execution)
+        mixture = self._mixture()
+        statics = Statics(
+            plan=self.plan, identity=self.config.identity, schedule=schedule, keep_rate=1 - self.config.dropout
+        )
+        if into_base:
+            arrays, bias = frozen_arrays(self.base)
+            given = [array for array in (arrays.get("kernel"), bias) if array is not None]
+            x = x.astype(self.base.dtype or jnp.result_type(x, *given))
+            y = mixture_product(statics, x, None, arrays, mixture)
+            return y if bias is None else y + bias.astype(y.dtype)
         y = self.base(x)
-        dropped = self._dropout(x.astype(y.dtype))
-        if execution == "merged":
-            return y + project(dropped, self.delta(), None)
-        return y + factored_apply(self.plan, self.config, *self._factors(), dropped)
+        keep = None
+        if self.dropout_key is not None:
+            keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
+        return y + mixture_product(statics, x.astype(y.dtype), keep, None, mixture)
+
+    def schedule(self, tokens: int, execution: Execution | None = None) -> tuple[Schedule, bool]:
+        """How a call with this many tokens is computed, and whether ΔW is added to the base's weight there."""
+        execution = self.execution if execution is None else execution
+        _check_execution(execution, self.base)
+        plain = is_plain(self.base) and self.dropout_key is None
+        schedule = plan_execution(
+            self.plan,
+            self.config,
+            tokens,
+            execution=execution,
+            own_product=not plain,
+            backend=jax.default_backend(),
+        )
+        return schedule, plain and schedule.forward == "merged"
 
     def to_factors(self, layer: int | None = None) -> LayerFactors:
         """The trained numbers as NumPy arrays; `layer` chooses one of a stack."""
@@ -120,11 +152,9 @@ class MokaLinear(nnx.Module):
         gate = None if self.gate_logits is None else self.gate_logits[...]
         return [factor[...] for factor in self.factor_a], [factor[...] for factor in self.factor_b], gate
 
-    def _dropout(self, x: jax.Array) -> jax.Array:
-        if self.dropout_key is None:
-            return x
-        keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.config.dropout), jnp.zeros((), x.dtype))
+    def _mixture(self) -> Mixture:
+        factor_a, factor_b, gate = self._factors()
+        return Mixture(coefficients(self.plan, self.config, gate), factor_a, factor_b)
 
 
 def is_plain(base: nnx.Linear | Nf4Linear) -> bool:
@@ -135,11 +165,18 @@ def is_plain(base: nnx.Linear | Nf4Linear) -> bool:
     return not any(changed) and base.promote_dtype is nnx.nn.dtypes.promote_dtype
 
 
-def base_weight(base: nnx.Linear | Nf4Linear) -> tuple[jax.Array, jax.Array | None]:
-    """The frozen weight (out, in) and bias (out,) of a base layer, decoded if it is packed."""
-    if isinstance(base, Nf4Linear):
-        return base.decoded(), None if base.bias is None else base.bias[...]
-    return base.kernel[...].T, None if base.bias is None else base.bias[...]
+def frozen_arrays(base: nnx.Linear | Nf4Linear) -> tuple[Frozen, jax.Array | None]:
+    """The arrays of a base layer's frozen weight, as `moka_jax.nf4.frozen_weight` takes them, and its bias (out,)."""
+    bias = None if base.bias is None else base.bias[...]
+    return (base.arrays() if isinstance(base, Nf4Linear) else {"kernel": base.kernel[...]}), bias
+
+
+def _check_execution(execution: Execution, base: nnx.Linear | Nf4Linear) -> None:
+    if check_execution(execution) == "merged" and not is_plain(base):
+        raise ConfigError(
+            "execution: 'merged' puts W + ΔW in the place of W, but this base layer multiplies in a way of its own "
+            "(dot_general, precision or promote_dtype), which that would pass by; use 'factored' or 'auto'"
+        )
 
 
 def with_dropout_key(model: nnx.Module, key: jax.Array) -> nnx.Module:

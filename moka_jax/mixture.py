@@ -1,4 +1,4 @@
-"""The mixture of Kronecker products as pure JAX functions: two executions, one answer."""
+"""The mixture of Kronecker products as pure JAX functions: its coefficients, ΔW, and ΔW x without ΔW."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from moka_core import ConfigError, LayerPlan, MokaConfig
+from moka_core import ConfigError, LayerPlan, MokaConfig, ShapeGroup
+from moka_core.config import Factor, Identity
+from moka_core.execution import first_factor
 from moka_core.oracle import stable_factor
 
 
@@ -34,65 +36,125 @@ def delta_weight(
     factor_b: Sequence[jax.Array],
     gate_logits: jax.Array | None,
 ) -> jax.Array:
-    """ΔW = Σ_i scale·α_i·c_i·(A_i ⊗ B_i), (out, in): for each group one product whose inner dimension is `copies`.
+    """ΔW = Σ_i scale·α_i·c_i·(A_i ⊗ B_i), (out, in), in the factors' dtype.
 
     Args:
         factor_a: for each group (copies, a_out, a_in); empty if A is the fixed identity.
         factor_b: for each group (copies, b_out, b_in); empty if B is the fixed identity.
         gate_logits: (terms,), or None for a uniform gate.
-
-    Returns:
-        (out, in), in the factors' dtype.
     """
-    total = jnp.zeros((), jnp.float32)
-    for index, (group, weight) in enumerate(zip(plan.groups, coefficients(plan, config, gate_logits), strict=True)):
-        shape = group.shape
-        if config.identity == "a":
-            block = jnp.einsum("c,cij->ij", weight.astype(factor_b[index].dtype), factor_b[index])
-            blocks = jnp.einsum("pq,ij->piqj", jnp.eye(shape.a_out, dtype=block.dtype), block)
-        elif config.identity == "b":
-            block = jnp.einsum("c,cpq->pq", weight.astype(factor_a[index].dtype), factor_a[index])
-            blocks = jnp.einsum("pq,ij->piqj", block, jnp.eye(shape.b_out, dtype=block.dtype))
-        else:
-            scaled = weight.astype(factor_a[index].dtype)[:, None, None] * factor_a[index]
-            blocks = jnp.einsum("cpq,cij->piqj", scaled, factor_b[index])
-        total = total + blocks.reshape(plan.out_features, plan.in_features)
-    return total
+    return form_delta(plan, config.identity, coefficients(plan, config, gate_logits), factor_a, factor_b)
 
 
 def factored_apply(
+    x: jax.Array,
     plan: LayerPlan,
     config: MokaConfig,
     factor_a: Sequence[jax.Array],
     factor_b: Sequence[jax.Array],
     gate_logits: jax.Array | None,
-    x: jax.Array,
 ) -> jax.Array:
-    """x ΔWᵀ without ΔW: for each group two products for all copies at once.
+    """ΔW x without ΔW, two products a group, differentiated by JAX itself: (..., in) to (..., out), in the dtype of x.
 
-    With x reshaped row-major to X (a_in, b_in), (A ⊗ B) x = ravel(A X Bᵀ): first H = X Bᵀ for all copies,
-    then one product that contracts a_in and the copies together, the coefficients folded into A.
+    Args as in `delta_weight`.
+    """
+    first = tuple(first_factor(group.shape) for group in plan.groups)
+    weights = coefficients(plan, config, gate_logits)
+    return apply_factored(x, plan, config.identity, first, weights, factor_a, factor_b)
+
+
+def form_delta(
+    plan: LayerPlan,
+    identity: Identity,
+    weights: Sequence[jax.Array],
+    factor_a: Sequence[jax.Array],
+    factor_b: Sequence[jax.Array],
+) -> jax.Array:
+    """ΔW[p·b_out + i, q·b_in + j] = Σ_c weights[c]·A[c, p, q]·B[c, i, j], summed over the groups.
+
+    Elementwise, and not as a product with inner dimension `copies`: a compiler fuses it with the decoding of the
+    weight that ΔW is added to, and nothing but the sum is written.
+    """
+    total = None
+    for index, (group, weight) in enumerate(zip(plan.groups, weights, strict=True)):
+        shape = group.shape
+        if identity == "none":
+            scaled = _scaled(weight, factor_a[index])
+            blocks = sum(
+                scaled[copy][:, None, :, None] * factor_b[index][copy][None, :, None, :] for copy in range(group.copies)
+            )
+        elif identity == "a":
+            diagonal = jnp.eye(shape.a_out, dtype=bool)[:, None, :, None]
+            blocks = jnp.where(diagonal, weighted_sum(weight, factor_b[index])[None, :, None, :], 0)
+        else:
+            diagonal = jnp.eye(shape.b_out, dtype=bool)[None, :, None, :]
+            blocks = jnp.where(diagonal, weighted_sum(weight, factor_a[index])[:, None, :, None], 0)
+        delta = jnp.reshape(blocks, (plan.out_features, plan.in_features))
+        total = delta if total is None else total + delta
+    assert total is not None  # a plan has at least one group
+    return total
+
+
+def apply_factored(
+    x: jax.Array,
+    plan: LayerPlan,
+    identity: Identity,
+    first: Sequence[Factor],
+    weights: Sequence[jax.Array],
+    factor_a: Sequence[jax.Array],
+    factor_b: Sequence[jax.Array],
+) -> jax.Array:
+    """Σ over the groups of ravel(Σ_c weights[c]·A_c X B_cᵀ), each row of x being X (a_in, b_in).
 
     Args:
-        x: (..., in).
-
-    Returns:
-        (..., out), in the dtype of x.
+        first: for each group, the factor that meets x first.
     """
-    lead = x.shape[:-1]
-    total = jnp.zeros((), x.dtype)
-    for index, (group, weight) in enumerate(zip(plan.groups, coefficients(plan, config, gate_logits), strict=True)):
-        shape = group.shape
-        folded = x.reshape(*lead, shape.a_in, shape.b_in)
-        if config.identity == "a":
-            block = jnp.einsum("c,cij->ij", weight.astype(factor_b[index].dtype), factor_b[index])
-            y = jnp.einsum("...qj,ij->...qi", folded, block.astype(x.dtype))
-        elif config.identity == "b":
-            block = jnp.einsum("c,cpq->pq", weight.astype(factor_a[index].dtype), factor_a[index])
-            y = jnp.einsum("...qj,pq->...pj", folded, block.astype(x.dtype))
+    lead = axes(x)
+    total = None
+    for index, (group, weight) in enumerate(zip(plan.groups, weights, strict=True)):
+        folded = fold_in(x, group)
+        if identity == "none":
+            a, b = _scaled(weight, factor_a[index]).astype(x.dtype), factor_b[index].astype(x.dtype)
+            half = half_product(folded, first[index], a, b)
+            second = f"{lead}cqi,cpq->{lead}pi" if first[index] == "b" else f"{lead}cpj,cij->{lead}pi"
+            y = jnp.einsum(second, half, a if first[index] == "b" else b)
+        elif identity == "a":
+            y = jnp.einsum(f"{lead}qj,ij->{lead}qi", folded, weighted_sum(weight, factor_b[index]).astype(x.dtype))
         else:
-            scaled = weight.astype(factor_a[index].dtype)[:, None, None] * factor_a[index]
-            half = jnp.einsum("...qj,cij->...cqi", folded, factor_b[index].astype(x.dtype))
-            y = jnp.einsum("...cqi,cpq->...pi", half, scaled.astype(x.dtype))
-        total = total + y.reshape(*lead, plan.out_features)
+            y = jnp.einsum(f"{lead}qj,pq->{lead}pj", folded, weighted_sum(weight, factor_a[index]).astype(x.dtype))
+        y = y.reshape(*x.shape[:-1], plan.out_features)
+        total = y if total is None else total + y
+    assert total is not None
     return total
+
+
+def half_product(folded: jax.Array, first: Factor, a: jax.Array, b: jax.Array) -> jax.Array:
+    """H = X B_cᵀ, (..., copies, a_in, b_out), if B comes first; H = A_c X, (..., copies, a_out, b_in), if A does."""
+    lead = axes(folded, 2)
+    if first == "b":
+        return jnp.einsum(f"{lead}qj,cij->{lead}cqi", folded, b)
+    return jnp.einsum(f"{lead}qj,cpq->{lead}cpj", folded, a)
+
+
+def weighted_sum(weight: jax.Array, factor: jax.Array) -> jax.Array:
+    """Σ_c weight[c]·factor[c]: the one block of a group whose other factor is the same identity for all copies."""
+    return jnp.einsum("c,cij->ij", weight.astype(factor.dtype), factor)
+
+
+def fold_in(x: jax.Array, group: ShapeGroup) -> jax.Array:
+    """x (..., in) as X (..., a_in, b_in)."""
+    return x.reshape(*x.shape[:-1], group.shape.a_in, group.shape.b_in)
+
+
+def fold_out(y: jax.Array, group: ShapeGroup) -> jax.Array:
+    """y (..., out) as Y (..., a_out, b_out)."""
+    return y.reshape(*y.shape[:-1], group.shape.a_out, group.shape.b_out)
+
+
+def axes(x: jax.Array, own: int = 1) -> str:
+    """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
+    return "stuvwxyz"[: x.ndim - own]
+
+
+def _scaled(weight: jax.Array, factor: jax.Array) -> jax.Array:
+    return weight.astype(factor.dtype)[:, None, None] * factor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,43 @@ def decode_nf4(codes: jax.Array, scales: jax.Array, shape: tuple[int, int]) -> j
     entries = shape[0] * shape[1]
     levels = jnp.asarray(NF4_LEVELS)[pairs.reshape(-1)[:entries]]
     return (levels * jnp.repeat(scales, BLOCK)[:entries]).reshape(shape)
+
+
+# The arrays of a frozen weight: {"kernel"} of shape (in, out), or those of an `Nf4Linear` under their names there.
+Frozen = Mapping[str, jax.Array]
+
+
+def frozen_weight(arrays: Frozen, shape: tuple[int, int]) -> jax.Array:
+    """The weight of shape (out, in), decoded if it is packed."""
+    if "kernel" in arrays:
+        return arrays["kernel"].T
+    scales = arrays["absmax"]
+    if "nested_absmax" in arrays:
+        scales = decode_scales(scales, arrays["nested_absmax"], arrays["nested_levels"], arrays["nested_offset"])
+    return decode_nf4(arrays["codes"], scales, shape)
+
+
+def _product(shape: tuple[int, int], x: jax.Array, arrays: Frozen) -> jax.Array:
+    return project(x, frozen_weight(arrays, shape), None)
+
+
+def _forward(shape: tuple[int, int], x: jax.Array, arrays: Frozen) -> tuple[jax.Array, Any]:
+    return _product(shape, x, arrays), (x, arrays)
+
+
+def _backward(shape: tuple[int, int], kept: Any, dy: jax.Array) -> tuple[jax.Array, Any]:
+    x, arrays = kept
+    weight, pull = jax.vjp(partial(frozen_weight, shape=shape), arrays)
+    dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
+    # nobody trains these arrays, and a compiler then removes this; but whoever asks gets the true gradient
+    lead = "stuvwxyz"[: x.ndim - 1]
+    (towards_arrays,) = pull(jnp.einsum(f"{lead}o,{lead}i->oi", dy, x).astype(weight.dtype))
+    return dx, towards_arrays
+
+
+# x Wᵀ that keeps x and the packed weight for its backward, and decodes again there: left to itself JAX keeps W.
+frozen_product = jax.custom_vjp(_product, nondiff_argnums=(0,))
+frozen_product.defvjp(_forward, _backward)
 
 
 class Nf4Linear(nnx.Module):
@@ -94,16 +133,19 @@ class Nf4Linear(nnx.Module):
             self.nested_offset = put("nested offset", ())
         self.bias = None if bias is None else FrozenWeight(jnp.asarray(bias))
 
+    def arrays(self) -> dict[str, jax.Array]:
+        """What `frozen_weight` decodes."""
+        nested = ("nested_absmax", "nested_levels", "nested_offset") if self.nested else ()
+        return {name: getattr(self, name)[...] for name in ("codes", "absmax", *nested)}
+
     def decoded(self) -> jax.Array:
         """The weight, (out, in), float32."""
-        scales = self.absmax[...]
-        if self.nested:
-            scales = decode_scales(scales, self.nested_absmax[...], self.nested_levels[...], self.nested_offset[...])
-        return decode_nf4(self.codes[...], scales, (self.out_features, self.in_features))
+        return frozen_weight(self.arrays(), (self.out_features, self.in_features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) to (..., out), in `dtype`."""
-        return project(x.astype(self.dtype), self.decoded(), None if self.bias is None else self.bias[...])
+        y = frozen_product((self.out_features, self.in_features), x.astype(self.dtype), self.arrays())
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def to_nf4(self, layer: int | None = None) -> Nf4Weight:
         """The packed weight as NumPy arrays; `layer` chooses one of a stack."""

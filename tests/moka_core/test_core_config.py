@@ -38,6 +38,9 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gate": "sigmoid"}, "gate: expected one of softmax, uniform; got 'sigmoid'"),
     ({"gate": ["softmax"]}, "gate: expected one of softmax, uniform; got ['softmax']"),
     ({"scaling": "rslora"}, "scaling: expected one of none, stable; got 'rslora'"),
+    ({"execution": "fast"}, "execution: expected one of auto, factored, merged; got 'fast'"),
+    ({"execution": ["merged"]}, "execution: expected one of auto, factored, merged; got ['merged']"),
+    ({"execution": "dense"}, "execution: 'dense' is numpy.kron in float64"),
     ({"zero_factor": "c"}, "zero_factor: expected one of a, b; got 'c'"),
     ({"identity": True}, "identity: expected one of none, a, b; got True"),
     (

@@ -163,16 +163,25 @@ def test_the_adapter_is_exactly_what_trainers_of_lora_select():
 
 
 @pytest.mark.parametrize(
-    ("execution", "lead", "factored"),
-    [("factored", (4096,), True), ("merged", (1,), False), ("auto", (1,), True), ("auto", (64, 64), False)],
+    ("execution", "tokens", "way"),
+    [("factored", 4096, "factored"), ("merged", 1, "merged"), ("auto", 1, "factored"), ("auto", 4096, "merged")],
 )
-def test_the_execution_that_was_asked_for_is_taken(monkeypatch, execution, lead, factored):
-    calls = []
-    original = moka_jax.linear.factored_apply
-    monkeypatch.setattr(moka_jax.linear, "factored_apply", lambda *a: calls.append(1) or original(*a))
-    graphdef, state = nnx.split(make(execution=execution))
-    jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, jnp.zeros((*lead, IN)))
-    assert bool(calls) == factored
+def test_the_execution_that_was_asked_for_is_taken(monkeypatch, execution, tokens, way):
+    """By the layer, by the config and by the call; and the schedule that is shown is the one that is computed."""
+    used = []
+    original = moka_jax.linear.mixture_product
+    monkeypatch.setattr(moka_jax.linear, "mixture_product", lambda s, *a: used.append(s.schedule) or original(s, *a))
+    x = jnp.ones((tokens, IN))
+    by_layer = make(execution=execution)
+    by_config = make(config=dataclasses.replace(CONFIG, execution=execution))
+    other = "merged" if way == "factored" else "factored"
+    by_call = make(execution=other)
+    expected = by_layer(x)
+    assert jnp.allclose(by_config(x), expected)
+    assert jnp.allclose(by_call(x, execution=execution), expected, rtol=1e-5, atol=1e-5)
+    assert [schedule.forward for schedule in used] == [way] * 3
+    assert by_layer.schedule(tokens) == (used[0], way == "merged")
+    assert by_call.schedule(tokens)[0].forward == other
 
 
 def test_an_unknown_execution_is_refused_when_the_layer_is_made():
@@ -289,8 +298,18 @@ def test_a_base_that_multiplies_in_its_own_way_is_asked_and_not_replaced():
     config = MokaConfig(r=2, num_shapes=1, target_modules=r"layers\.0")
     x = np.random.default_rng(0).standard_normal((64, 24)).astype(np.float32)
     expected = np.asarray(model()(x))
-    for execution in ("merged", "factored", "auto"):
-        found = np.asarray(attach(model(), config, execution=execution)(x))
+    for execution in ("factored", "auto"):
+        adapted = attach(model(), config, execution=execution)
+        assert not adapted.layers[0].schedule(64)[1]
+        found = np.asarray(adapted(x))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     with pytest.raises(AdapterError, match="multiplies in a way of its own"):
         merge(attach(model(), config))
+    refused = model()
+    with pytest.raises(
+        ConfigError, match=r"layers\.0: execution: 'merged' puts W \+ ΔW in the place of W, but this base"
+    ):
+        attach(refused, dataclasses.replace(config, execution="merged"))
+    assert type(refused.layers[0]) is nnx.Linear
+    with pytest.raises(ConfigError, match="use 'factored' or 'auto'"):
+        attach(model(), config).layers[0](x, execution="merged")
