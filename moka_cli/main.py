@@ -124,15 +124,16 @@ def params(
     arch: Annotated[str, typer.Option(help="Name of an architecture (llama3-8b, …), or a model folder.")],
     preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
+    explain: Annotated[bool, typer.Option(help="Say how each layer would be computed, and at what cost.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count trainable parameters and list the shapes of the factors; needs no weights.
 
-    [dim]Example: moka params --arch llama3-8b --preset paper --set r=20[/dim]
+    [dim]Example: moka params --arch llama3-8b --preset paper --set r=20 --explain[/dim]
     """
     from moka_cli.params import run_params
 
-    run_params(arch, preset, set_ or [], as_json=json_)
+    run_params(arch, preset, set_ or [], explain=explain, as_json=json_)
 
 
 def main(arguments: list[str] | None = None) -> None:

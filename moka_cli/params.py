@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,22 +10,26 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
 from moka_core.config import check_keys, plans_from_dict
+from moka_core.execution import costs, plan_execution
 from moka_core.plan import lora_parameters
 
 LORA_RANK = 32
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+EXPLAINED_TOKENS = (1, 128, 512, 2048, 8192)
 
 
-def run_params(arch: str, preset_name: str, settings: list[str], *, as_json: bool) -> None:
+def run_params(arch: str, preset_name: str, settings: list[str], *, explain: bool, as_json: bool) -> None:
     """Print the number of trainable parameters of a preset on an architecture, and its shapes."""
     model = read_architecture(arch)
     config = preset(preset_name, model, **_parse(settings))
     plans = plan_model(config, model.linear_layers())
     summary = summarise(model, config, plans)
+    if explain:
+        summary["execution"] = explain_execution(config, plans)
     if as_json:
         print(json.dumps({**summary, "arch": arch, "preset": preset_name}, indent=2))
     else:
@@ -66,6 +71,36 @@ def summarise(model: Architecture, config: MokaConfig, plans: dict[str, LayerPla
     }
 
 
+def explain_execution(config: MokaConfig, plans: dict[str, LayerPlan]) -> list[dict[str, Any]]:
+    """How a layer of each shape is computed, by backend and number of tokens, as plain values.
+
+    "added" is the predicted time that the mixture adds to the forward and backward of the frozen layer, as a share of
+    that time: 2·tokens·out·in multiply-adds.
+    """
+    rows = []
+    for plan in {plan.key: plan for plan in plans.values()}.values():
+        for backend, tokens, dropout in itertools.product(("cpu", "gpu"), EXPLAINED_TOKENS, (False, True)):
+            if dropout and not config.dropout:
+                continue
+            schedule = plan_execution(plan, config, tokens, own_product=dropout, backend=backend)
+            priced = costs(plan, config.identity, tokens, own_product=dropout, backend=backend)
+            forward = priced.merged if schedule.forward == "merged" else priced.factored
+            gradient = priced.gradient_merged if schedule.gradient == "merged" else priced.gradient_factored
+            rows.append(
+                {
+                    "layer": plan.key,
+                    "backend": backend,
+                    "tokens": tokens,
+                    "dropout": dropout,
+                    "forward": schedule.forward,
+                    "gradient": schedule.gradient,
+                    "first": list(schedule.first),
+                    "added": (2 * forward + gradient) / (2 * tokens * plan.out_features * plan.in_features),
+                }
+            )
+    return rows
+
+
 def _parse(settings: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for setting in settings:
@@ -95,4 +130,29 @@ def _print(arch: str, name: str, config: MokaConfig, plans: dict[str, LayerPlan]
     for (name, key), plan in {kinds[path]: plan for path, plan in plans.items()}.items():
         shapes = "\n".join(f"{group.copies} x {group.shape}" for group in plan.groups)
         table.add_row(name, key, str(counts[name, key]), shapes, f"{plan.trainable(config):,}")
+    console.print(table)
+    if "execution" in summary:
+        _print_execution(console, config, summary["execution"])
+
+
+def _print_execution(console: Console, config: MokaConfig, rows: list[dict[str, Any]]) -> None:
+    ways = {"factored": "halves", "merged": "dyᵀx"}
+    titles = ("out x in", "backend", "tokens", "dropout", "forward", "gradient", "added")
+    table = Table(*(Column(title, no_wrap=True) for title in titles))
+    for row in rows:
+        into = " into W" if row["forward"] == "merged" and not row["dropout"] else ""
+        table.add_row(
+            row["layer"],
+            row["backend"],
+            str(row["tokens"]),
+            "on" if row["dropout"] else "off",
+            row["forward"] + into,
+            ways[row["gradient"]],
+            f"{row['added']:.0%}",
+        )
+    console.print(
+        f"How it is computed: execution {config.execution!r}; set another with --set execution=merged.\n"
+        "gradient: of the factors, from halves or from dyᵀx; added: predicted time of the mixture, as a share of the "
+        "frozen layer's forward and backward"
+    )
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -13,7 +14,8 @@ import yaml
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.generate import prompt_tokens
 from moka_cli.main import main
-from moka_core import MokaConfig
+from moka_core import MokaConfig, plan_layer
+from moka_core.execution import plan_execution
 from moka_jax.train import load_dataset
 from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama
@@ -98,6 +100,26 @@ def test_params_prints_the_published_counts_as_json(capsys, arch, preset, traina
     printed = json.loads(capsys.readouterr().out)
     assert printed["trainable"] == trainable
     assert printed["arch"] == arch
+
+
+def test_params_explains_how_each_layer_is_computed(capsys):
+    """What it prints is what the layers do: the schedule of the cost model, and a named execution everywhere."""
+    assert call("params", "--arch", "llama3-8b", "--explain", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["execution"]
+    assert {row["layer"] for row in rows} == {"4096x4096", "1024x4096"}
+    plan = plan_layer(MokaConfig(), 1024, 4096)
+    for row in rows:
+        if row["layer"] == plan.key:
+            options = {"own_product": row["dropout"], "backend": row["backend"]}
+            schedule = plan_execution(plan, MokaConfig(), row["tokens"], **options)
+            assert (row["forward"], row["gradient"], tuple(row["first"])) == dataclasses.astuple(schedule)
+    assert {row["forward"] for row in rows} == {"factored", "merged"}
+    assert all(row["added"] > 0 for row in rows)
+    assert call("params", "--arch", "llama3-8b", "--explain", "--set", "execution=merged") == 0
+    printed = capsys.readouterr().out
+    assert "merged into W" in printed
+    assert "factored" not in printed.partition("How it is computed")[2]
+    assert call("params", "--arch", "llama3-8b", "--explain", "--set", "execution=dense") == 1
 
 
 def test_params_reads_a_model_folder_and_takes_settings(base, capsys):
