@@ -1,122 +1,178 @@
-"""Forward and backward of a whole model in JAX: the frozen base, and MoKA by each execution.
+"""A whole training step, forward, backward and AdamW, in JAX and in PyTorch with PEFT, in one process.
 
-    python benchmarks/train_step.py --base report/base [--batch 4 --length 128 --repeats 7]
+    python -m benchmarks.train_step --base report/base            # SmolLM2-135M of `moka demo`
+    python -m benchmarks.train_step --random llama3-8b --length 2048
 
-The frozen base is differentiated by a zero added to its first norms, so that the backward runs through every layer.
+Results: results/train_step_MODEL_DEVICE.*
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
+from benchmarks.harness import (
+    Call,
+    Timings,
+    add_options,
+    chosen,
+    describe,
+    environment,
+    file_name,
+    interleave,
+    note,
+    reason,
+    seconds_cell,
+    settled,
+    table,
+    write_results,
+)
+from benchmarks.models import Model, add_model_options, check_model_options
+from benchmarks.roofline import Speed, Work, attained, frozen_step
 
-from conversion import open_base
-from moka_core import preset
-from moka_jax import MokaParam, attach, with_dropout_key
-from moka_jax.llama import Llama, load_llama
-
-VARIANTS = {
-    "frozen base": {},
-    "MoKA auto": {"execution": "auto"},
-    "MoKA factored": {"execution": "factored"},
-    "MoKA merged": {"execution": "merged"},
-    "MoKA auto, dropout": {"execution": "auto", "dropout": True},
-}
-
-
-def main() -> None:
-    arguments = _arguments()
-    base = open_base(arguments.base)
-    tokens = jnp.asarray(
-        np.random.default_rng(0).integers(0, base.config["vocab_size"], (arguments.batch, arguments.length + 1))
-    )
-    steps = {name: _step(load_llama(base), tokens, **options) for name, options in VARIANTS.items()}
-    for step in steps.values():
-        step()  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    _report(arguments, seconds)
+QUICK = ("frozen base", "LoRA r=32 q,v", "QLoRA r=32 q,v", "DoRA r=32 q,v", "LoKr q,v (dense base)", "MoKA auto")
+QLORA = "torch: QLoRA r=32 q,v"
 
 
-def _step(model: Llama, tokens: jax.Array, *, execution: Any = None, dropout: bool = False) -> Callable[[], None]:
-    """A call of this makes one forward and backward, and waits for it."""
-    if execution is None:
-        graphdef, state = nnx.split(model)
-        parameters: Any = jnp.zeros_like(model.model.layers.block.input_layernorm.weight[...])
-
-        def build(parameters: Any, state: Any) -> Llama:
-            built = nnx.merge(graphdef, state)
-            norm = built.model.layers.block.input_layernorm
-            norm.weight = nnx.Param(norm.weight[...] + parameters)
-            return built
-
-    else:
-        attach(model, preset("paper"), execution=execution)
-        adapted, parameters, state = nnx.split(model, MokaParam, ...)  # type: ignore[misc]
-
-        def build(parameters: Any, state: Any) -> Llama:
-            built = nnx.merge(adapted, parameters, state)
-            return with_dropout_key(built, jax.random.key(0)) if dropout else built  # type: ignore[return-value]
-
-    @jax.jit
-    def gradient(parameters: Any, state: Any, tokens: jax.Array) -> Any:
-        def loss(parameters: Any) -> jax.Array:
-            logits = build(parameters, state)(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-        return jax.value_and_grad(loss)(parameters)
-
-    return lambda: jax.block_until_ready(gradient(parameters, state, tokens))
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark; the result that is written."""
+    arguments = _arguments(argv)
+    with settled(arguments):
+        return _measure(arguments)
 
 
-def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    frozen = medians["frozen base"]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "moka")}
-    result = {
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "versions": versions,
-        "tokens": [arguments.batch, arguments.length],
-        "seconds": seconds,
-        "ratio_to_frozen": {name: median / frozen for name, median in medians.items()},
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = Model.from_options(arguments)
+    speed = attained(arguments)
+    calls, failures, notes = _calls(arguments, model)
+    itemsize = 2 if arguments.dtype == "bfloat16" else 4
+    work = frozen_step(model.sizes, arguments.batch, arguments.length, remat=arguments.remat, itemsize=itemsize)
+    about = {
+        "environment": environment(arguments),
+        "model": model.name,
+        "batch": arguments.batch,
+        "length": arguments.length,
+        "remat": arguments.remat,
+        "attained": {"flops_per_second": speed.flops, "bytes_per_second": speed.bytes},
+        "needed": {"flops": work.flops, "bytes": work.bytes, "seconds": speed.seconds(work)},
+        "notes": notes,
     }
-    file = Path(__file__).parent / "results" / "train_step.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"{result['hardware']}; {versions}; {arguments.batch} x {arguments.length} tokens; "
-        f"{arguments.repeats} repeats\n"
-    )
-    print("| variant | ratio to frozen base | median s | fastest, slowest s |\n|---|---|---|---|")
-    for name, times in seconds.items():
-        print(f"| {name} | {medians[name] / frozen:.2f} | {medians[name]:.3g} | {min(times):.3g}, {max(times):.3g} |")
+    parts = [model.name] if arguments.remat else [model.name, "no-remat"]
+    name = file_name("train_step", arguments, *parts)
+
+    def write(timings: Timings, *, show: bool = False) -> dict[str, Any]:
+        result = {
+            **about,
+            "variants": timings.summary(),
+            "failures": failures | timings.failures,
+            "columns": {name: _columns(timings, name, arguments, speed, work) for name in timings.seconds},
+        }
+        write_results(arguments.output, name, result, _markdown(result, speed), show=show)
+        return result
+
+    note(f"{arguments.repeats} rounds of {len(calls)} variants")
+    timings = interleave(calls, arguments.repeats, keep_going=arguments.keep_going, each_round=write)
+    return write(timings, show=True)
 
 
-def _arguments() -> argparse.Namespace:
+def _calls(arguments: argparse.Namespace, model: Model) -> tuple[dict[str, Call], dict[str, str], dict[str, str]]:
+    """Every variant's call, why some have none, and what there is to say of others."""
+    options = {"batch": arguments.batch, "length": arguments.length, "remat": arguments.remat}
+    makers: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    if "jax" in arguments.frameworks:
+        from benchmarks import jax_steps
+
+        llama = jax_steps.base_llama(model, dtype=arguments.dtype)
+        makers |= {
+            f"jax: {name}": lambda name=name: jax_steps.JaxStep(llama, model, name, **options).call()
+            for name in jax_steps.VARIANTS
+        }
+    if "torch" in arguments.frameworks:
+        from benchmarks import torch_steps
+
+        bases = torch_steps.Bases(model, dtype=arguments.dtype, device=arguments.device)
+        makers |= {
+            f"torch: {name}": lambda name=name: torch_steps.TorchStep(bases, name, **options).call()
+            for name in torch_steps.VARIANTS
+        }
+        notes = {f"torch: {name}": text for name, text in torch_steps.NOTES.items()}
+    calls: dict[str, Call] = {}
+    failures: dict[str, str] = {}
+    for name in chosen(makers, arguments.variants):
+        note(f"making {name}")
+        try:
+            calls[name] = makers[name]()
+        except Exception as error:  # out of memory has a type of its own in every framework
+            if not arguments.keep_going:
+                raise
+            failures[name] = reason(error)
+    return calls, failures, {name: text for name, text in notes.items() if name in calls}
+
+
+def _columns(
+    timings: Timings, name: str, arguments: argparse.Namespace, speed: Speed, work: Work
+) -> dict[str, float | None]:
+    framework = name.partition(":")[0]
+    median = timings.median(name)
+    lora = "LoRA r=32 q,v" if framework == "jax" else "QLoRA r=32 q,v"
+    return {
+        "ratio_to_frozen": timings.ratio(name, f"{framework}: frozen base"),
+        "ratio_to_lora_qv": timings.ratio(name, f"{framework}: {lora}"),
+        "ratio_to_peft_qlora_qv": timings.ratio(name, QLORA),
+        "tokens_per_second": None if median is None else arguments.batch * arguments.length / median,
+        "share_of_roofline": speed.share(work, median),
+    }
+
+
+def _markdown(result: dict[str, Any], speed: Speed) -> str:
+    needed = result["needed"]
+    remat = "with" if result["remat"] else "without"
+    rows = [
+        [
+            name,
+            columns["ratio_to_frozen"],
+            columns["ratio_to_lora_qv"],
+            columns["ratio_to_peft_qlora_qv"],
+            seconds_cell(result["variants"].get(name)),
+            f"{columns['tokens_per_second']:.0f}",
+            columns["share_of_roofline"],
+        ]
+        for name, columns in result["columns"].items()
+    ]
+    headers = ["variant", "to frozen base", "to LoRA q,v", "to PEFT QLoRA q,v", "median (least–greatest)", "tokens/s"]
+    lines = [
+        f"# A training step of {result['model']}",
+        "",
+        describe(result["environment"]),
+        "",
+        f"{result['batch']} x {result['length']} tokens, base in NF4 (doubly quantised), {remat} recomputation of the "
+        "layers in the backward. The first two ratios are within a framework.",
+        "",
+        table([*headers, "share of roofline"], rows),
+        "",
+        f"{speed.describe()} The frozen base's step needs {needed['flops'] / 1e9:.4g} GFLOP and "
+        f"{needed['bytes'] / 1e9:.3g} GB (recomputation counted), {needed['seconds']:.3g} s at these speeds; the share "
+        "is that time over the measured one.",
+        "",
+        *(f"- {name}: {text}" for name, text in (result["notes"] | result["failures"]).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="a Hugging Face model folder")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    return parser.parse_args()
+    add_model_options(parser)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="in both frameworks")
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    check_model_options(arguments, parser)
+    if arguments.quick:
+        arguments.repeats = 1
+        arguments.variants = arguments.variants or list(QUICK)
+    return arguments
 
 
 if __name__ == "__main__":

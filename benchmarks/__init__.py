@@ -1,0 +1,1 @@
+"""Benchmarks: what an adapter costs in time and memory, in JAX and in PyTorch."""

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The GPU set: NF4 and bfloat16, random weights in the shapes of LLaMA3-8B and LLaMA2-7B, recomputation on.
+#
+#   bash benchmarks/gpu.sh STAGE...     from the repository's root; stages: check layer train train-more llama2 memory compile
+#
+# Each stage is meant to end within ten minutes on one GPU of 80 GB or more; without a stage all run, one after the other.
+# Results go to $OUT if that is set, else to benchmarks/results. A variant that fails is a line in its table.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+common=(--device gpu --keep-going --output "${OUT:-benchmarks/results}")
+llama3=(--random llama3-8b --batch 4 --length 2048)
+llama2=(--random llama2-7b --batch 4 --length 2048)
+main=("frozen base" "LoRA r=32 q,v" "QLoRA r=32 q,v" "MoKA auto" "jax: MoKA auto, dropout")
+status=0
+
+bench() {
+    local script=$1
+    shift
+    echo "== $script $*" >&2
+    "$python" -m "benchmarks.$script" "$@" "${common[@]}" || status=1
+}
+
+stage() {
+    case $1 in
+    check)
+        nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || status=1
+        bench layer --quick
+        bench train_step --quick
+        bench memory --quick
+        ;;
+    layer) bench layer ;;
+    train) bench train_step "${llama3[@]}" --repeats 10 --variants "${main[@]}" ;;
+    train-more)
+        bench train_step "${llama3[@]}" --repeats 5 --label more \
+            --variants "frozen base" "LoRA r=32 q,v" "QLoRA r=32 q,v" "MoKA auto" up,down DoRA LoKr MoKA_s merged
+        ;;
+    llama2) bench train_step "${llama2[@]}" --repeats 10 --variants "${main[@]}" ;;
+    memory) bench memory "${llama3[@]}" --remats on --variants "${main[@]}" ;;
+    compile) bench compile_time --random llama3-8b --batch 4 --length 2048 --repeats 3 ;;
+    *)
+        echo "gpu.sh: expected check, layer, train, train-more, llama2, memory or compile; got $1" >&2
+        exit 2
+        ;;
+    esac
+}
+
+for name in "${@:-}"; do
+    if [ -n "$name" ]; then
+        stage "$name"
+    else
+        for each in check layer train train-more llama2 memory compile; do stage "$each"; done
+    fi
+done
+exit $status
