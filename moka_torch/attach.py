@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ import moka_core
 from moka_core import Adapter, LayerFactors
 from moka_core.adapter import raise_problems
 from moka_core.errors import AdapterError, ConfigError
+from moka_core.execution import Execution
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import MokaLinear
 from moka_torch.loading import adapted_layers
@@ -24,6 +27,7 @@ def attach(
     config: moka_core.MokaConfig | MokaConfig | str,
     adapter_name: str = "default",
     seed: int | None = None,
+    execution: Execution | None = None,
 ) -> PeftModel:
     """`model` with a fresh adapter, ΔW = 0, as a PeftModel; the base is frozen and changed in place.
 
@@ -32,6 +36,7 @@ def attach(
         config: the settings, or the name of a preset.
         seed: of the factors' start; with one seed the start is the same on every machine and device. Torch's
             global generator if None.
+        execution: in place of the config's: "auto", "factored" or "merged"; see `MokaLinear`.
 
     Raises:
         ConfigError, TargetError, AdapterError: see `MokaModel.inject_adapter`; the model is then as it was.
@@ -42,6 +47,8 @@ def attach(
         config = _preset(config, model)
     if isinstance(config, moka_core.MokaConfig):
         config = MokaConfig.from_core(config, task_type=_task_type(model))
+    if execution is not None:
+        config = dataclasses.replace(config, execution=execution)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -84,7 +91,7 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
             f"adapter_name: expected one of {', '.join(sorted(peft_model.peft_config))}, a MoKA adapter; "
             f"got {adapter_name!r}"
         )
-    core = config.to_core()
+    core = dataclasses.replace(config.to_core(), execution="auto")  # how it was computed is no part of it
     layers = {}
     for path, layer in adapted_layers(peft_model, adapter_name).items():
         arrays = {name: _to_numpy(tensor, f"{path}: {name}") for name, tensor in layer.tensors(adapter_name).items()}
@@ -98,11 +105,19 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
     return adapter.validate()
 
 
-def import_adapter(model: nn.Module | PeftModel, adapter: Adapter, adapter_name: str = "default") -> PeftModel:
+def import_adapter(
+    model: nn.Module | PeftModel,
+    adapter: Adapter,
+    adapter_name: str = "default",
+    execution: Execution | None = None,
+) -> PeftModel:
     """`model` with `adapter` on it, value for value, as a PeftModel.
 
     bfloat16 values are widened to float32, as PEFT does. On a PeftModel the adapter is added to those that
     are there and not made active (`set_adapter` does that), as with PEFT's `load_adapter`.
+
+    Args:
+        execution: in place of the config's; see `MokaLinear`.
 
     Raises:
         AdapterError: the adapter is not valid, belongs to another base model, or was made for other layers than
@@ -121,6 +136,8 @@ def import_adapter(model: nn.Module | PeftModel, adapter: Adapter, adapter_name:
         base_fingerprint=adapter.base_fingerprint,
         layers=stated,
     )
+    if execution is not None:
+        config = dataclasses.replace(config, execution=execution)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         peft_model = model

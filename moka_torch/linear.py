@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -11,10 +12,12 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from moka_core import LayerPlan, MokaConfig
-from moka_core.cost import Execution
 from moka_core.errors import AdapterError, ConfigError
+from moka_core.execution import Execution
+from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
 from moka_torch.exactness import refuse_repacked
-from moka_torch.mixture import delta_weight, moka_apply
+from moka_torch.mixture import backend_of, coefficients, delta_weight, moka_apply, schedule_for
+from moka_torch.product import Job, moka_product, sum_dtype
 
 
 class MokaLinear(nn.Module, BaseTunerLayer):
@@ -24,6 +27,11 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     moka_factor_a[n][str(g)] is (copies, a_out, a_in), moka_factor_b[n][str(g)] is (copies, b_out, b_in),
     moka_gate_logits[n] is (terms,). What is a fixed identity, or the gate of an ungated mixture, is absent.
     With PEFT's key handling this gives the names of the file format, `<path>.moka_factor_a.<group>`.
+
+    How ΔW dropout(x) is computed is chosen in every forward, from `execution` if that is set and from the adapter's
+    config if it is None. "merged", or "auto" where that is cheaper, makes one product with W + ΔW in place of the base
+    layer's own if one adapter is active, nothing is dropped, and the base is a frozen `nn.Linear` or 4-bit layer
+    without hooks; otherwise ΔW has a product of its own beside base(x).
 
     The weights of a quantised base layer are reached through PEFT's quantization backend, so that merging
     works wherever PEFT can decode and encode them.
@@ -60,7 +68,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
-        self.execution: Execution = "auto"
+        self.execution: Execution | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -138,33 +146,66 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """base(x) + Σ ΔW dropout(x) over the active adapters, in the dtype that the base layer returns.
 
-        ΔW dropout(x) is computed in the adapter's dtype, the input being cast to it.
+        ΔW with a product of its own is multiplied in the adapter's dtype, the input being cast to it, or in autocast's.
+        W + ΔW is summed in float32 at least and rounded once, to the dtype that the base layer multiplies in.
 
         Raises:
-            ConfigError: `adapter_names` was given; a different adapter for each sample is not supported.
+            ConfigError: `adapter_names` was given; a different adapter for each sample is not supported. Or the
+                execution is "merged" by name, on a base layer that cannot take W + ΔW.
         """
         refuse_adapter_names(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
+        names = self._present(self.active_adapters)
+        for name in names:
+            refuse_special(self._execution(name), {"this layer": self.base_layer})
+        if len(names) == 1 and not args and not kwargs and not self._drops(names[0]):
+            base = base_weight(self.base_layer, x)
+            result = None if base is None else self._into_base(names[0], x, base)
+            if result is not None:
+                return result
+        result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self._present(self.active_adapters):
-            factor_a, factor_b, logits = self.factors(name)
-            given = self._cast_input_dtype(x, (factor_b or factor_a)[0].dtype)
+        for name in names:
+            config, keep = self.moka_config[name], None
+            if self._drops(name):
+                dropout: Any = self.moka_dropout[name]
+                if dropout.p != config.dropout:  # changed in place, as trainers do
+                    config = dataclasses.replace(config, dropout=dropout.p)
+                keep = dropout(torch.ones_like(x)).bool()
             result = result + moka_apply(
-                self.moka_dropout[name](given),
-                self.moka_plan[name],
-                self.moka_config[name],
-                factor_a,
-                factor_b,
-                logits,
-                execution=self.execution,
+                x, self.moka_plan[name], config, *self.factors(name), execution=self.execution, keep=keep
             )
         return result.to(dtype)
+
+    def _into_base(self, name: str, x: Tensor, base: BaseWeight) -> Tensor | None:
+        """x (W + ΔW)ᵀ + bias as one product; None if that is not the execution to take."""
+        plan, config = self.moka_plan[name], self.moka_config[name]
+        schedule = schedule_for(
+            plan,
+            config,
+            x.numel() // plan.in_features,
+            execution=self.execution,
+            own_product=False,
+            backend=backend_of(x),
+        )
+        if schedule.forward != "merged":
+            return None
+        factor_a, factor_b, logits = self.factors(name)
+        weights = coefficients(plan, config, logits, dtype=sum_dtype(x.device), device=x.device)
+        job = Job(plan, config.identity, schedule, base.compute, base.decode)
+        return moka_product(job, x, weights, factor_a, factor_b, bias=base.bias).to(base.returns)
+
+    def _execution(self, name: str) -> Execution:
+        return self.moka_config[name].execution if self.execution is None else self.execution
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.moka_dropout[name]
+        return dropout.training and getattr(dropout, "p", 0) > 0
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:

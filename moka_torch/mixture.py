@@ -1,16 +1,23 @@
-"""The mixture as pure functions on tensors: ΔW, and ΔW x without forming ΔW."""
+"""The mixture as functions on tensors: its coefficients, ΔW, and x ΔWᵀ by either execution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moka_core import LayerPlan, MokaConfig, ShapeGroup
-from moka_core.cost import Execution, resolve_execution
+from moka_core import LayerPlan, MokaConfig
+from moka_core.config import Factor
 from moka_core.errors import ConfigError
+from moka_core.execution import Execution, first_factor, plan_execution
 from moka_core.oracle import stable_factor
+from moka_torch.contraction import Mixture, form, through
+from moka_torch.product import Job, compute_dtype, moka_product, sum_dtype
+
+# asked for in every forward of every layer, with few different answers
+schedule_for = functools.lru_cache(maxsize=4096)(plan_execution)
 
 
 def coefficients(
@@ -32,14 +39,20 @@ def coefficients(
         dtype: of the result; the softmax itself is computed in float32 at least.
         device: where to put the constants; that of `gate_logits` if there are any.
     """
-    constants = [config.scale * stable_factor(config, shape) for shape in plan.term_shapes()]
+    constants = [config.scale * stable_factor(config, group.shape) for group in plan.groups]
+    copies = [group.copies for group in plan.groups]
+    # each group by its own number: a tensor of the numbers would be copied to the device in every forward
     if config.gate == "uniform":
-        return torch.tensor([constant / plan.terms for constant in constants], dtype=dtype, device=device)
+        shares = [
+            torch.full((count,), constant / plan.terms, dtype=dtype, device=device)
+            for count, constant in zip(copies, constants, strict=True)
+        ]
+        return torch.cat(shares)
     if gate_logits is None:
         raise ConfigError("gate='softmax' needs gate_logits; got None")
-    precise = torch.promote_types(gate_logits.dtype, torch.float32)
+    precise = torch.promote_types(torch.promote_types(gate_logits.dtype, dtype), torch.float32)
     alpha = torch.softmax(gate_logits.to(precise), dim=0)
-    return (alpha * torch.tensor(constants, dtype=precise, device=gate_logits.device)).to(dtype)
+    return torch.cat([part * constant for part, constant in zip(alpha.split(copies), constants, strict=True)]).to(dtype)
 
 
 def delta_weight(
@@ -51,34 +64,12 @@ def delta_weight(
 ) -> Tensor:
     """ΔW = Σ_i k_i (A_i ⊗ B_i), (out, in), in the factors' dtype, with k = `coefficients`.
 
-    Per group one product with inner dimension `copies`:
-    ΔW[p·b_out + i, q·b_in + j] = Σ_c k_c A[c, p, q] B[c, i, j]. A fixed identity is not multiplied by: its
-    group is the one block Σ_c k_c B_c laid on the diagonal.
-
     Args:
         factor_a: per group (copies, a_out, a_in); empty if `config.identity` is "a".
         factor_b: per group (copies, b_out, b_in); empty if `config.identity` is "b".
         gate_logits: (terms,), or None for a uniform gate.
     """
-    out, in_ = plan.out_features, plan.in_features
-    stored = _stored(factor_a, factor_b)
-    total = None
-    for index, (group, weights) in enumerate(_groups(plan, config, stored, gate_logits)):
-        shape, copies = group.shape, group.copies
-        if config.identity == "none":
-            scaled = (weights[:, None, None] * factor_a[index]).reshape(copies, shape.a_out * shape.a_in)
-            product = scaled.T @ factor_b[index].reshape(copies, shape.b_out * shape.b_in)
-            blocks = product.reshape(shape.a_out, shape.a_in, shape.b_out, shape.b_in).transpose(1, 2)
-        elif config.identity == "a":
-            block = _weighted_sum(weights, factor_b[index])
-            blocks = torch.diag_embed(block[..., None].expand(*block.shape, shape.a_out), dim1=0, dim2=2)
-        else:
-            block = _weighted_sum(weights, factor_a[index])
-            blocks = torch.diag_embed(block[..., None].expand(*block.shape, shape.b_out), dim1=1, dim2=3)
-        delta = blocks.reshape(out, in_)
-        total = delta if total is None else total + delta
-    assert total is not None  # a plan has at least one group
-    return total
+    return form(_mixture(plan, config, factor_a, factor_b, gate_logits, first=None))
 
 
 def factored_apply(
@@ -88,33 +79,25 @@ def factored_apply(
     factor_a: Sequence[Tensor],
     factor_b: Sequence[Tensor],
     gate_logits: Tensor | None,
+    *,
+    first: Sequence[Factor] | None = None,
 ) -> Tensor:
-    """x ΔWᵀ, (..., out), without ΔW.
+    """x ΔWᵀ, (..., out), without ΔW, by operations that torch differentiates one by one; `moka_apply` keeps less.
 
     Per group, with each row of x reshaped to X (a_in, b_in), two matrix products: H = X Bᵀ for all copies
-    at once, (a_in, copies·b_out); then Σ_c k_c A_c H_c as one product over a_in and the copies together.
-    With a fixed identity one product is left: X (Σ_c k_c B_c)ᵀ, or (Σ_c k_c A_c) X.
+    at once, (a_in, copies·b_out); then Σ_c k_c A_c H_c as one product over a_in and the copies together. Or
+    H = A X first, and then Σ_c H_c (k_c B_c)ᵀ. With a fixed identity one product is left: X (Σ_c k_c B_c)ᵀ, or
+    (Σ_c k_c A_c) X.
 
     Args:
-        x: (..., in), in the factors' dtype. The rest as in `delta_weight`.
+        x: (..., in), in the factors' dtype.
+        first: for each group, the factor that meets x first; by `moka_core.execution.first_factor` if None.
     """
-    stored = _stored(factor_a, factor_b)
-    tokens = x.reshape(-1, plan.in_features)
-    count = tokens.shape[0]
-    total = None
-    for index, (group, weights) in enumerate(_groups(plan, config, stored, gate_logits)):
-        shape, copies = group.shape, group.copies
-        if config.identity == "none":
-            rows = tokens.reshape(count * shape.a_in, shape.b_in)
-            hidden = rows @ factor_b[index].reshape(copies * shape.b_out, shape.b_in).T
-            scaled = weights[:, None, None] * factor_a[index]
-            left = scaled.permute(1, 2, 0).reshape(shape.a_out, shape.a_in * copies)
-            part = _left_product(left, hidden.reshape(count, shape.a_in * copies, shape.b_out))
-        elif config.identity == "a":
-            part = tokens.reshape(count * shape.a_in, shape.b_in) @ _weighted_sum(weights, factor_b[index]).T
-        else:
-            part = _left_product(_weighted_sum(weights, factor_a[index]), tokens.reshape(count, shape.a_in, shape.b_in))
-        part = part.reshape(count, plan.out_features)
+    mixture = _mixture(plan, config, factor_a, factor_b, gate_logits, first)
+    flat = x.reshape(-1, plan.in_features)
+    total: Tensor | None = None
+    for group in mixture.groups():
+        part = through(group, flat)
         total = part if total is None else total + part
     assert total is not None  # a plan has at least one group
     return total.reshape(*x.shape[:-1], plan.out_features)
@@ -128,14 +111,22 @@ def moka_apply(
     factor_b: Sequence[Tensor],
     gate_logits: Tensor | None,
     *,
-    execution: Execution = "auto",
+    execution: Execution | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """x ΔWᵀ, (..., out), differentiable in x, the factors and the logits.
+    """dropout(x) ΔWᵀ, (..., out), differentiable in x, the factors and the logits.
+
+    Kept for the backward are x as it is, the factors, their coefficients and `keep`; see `moka_torch.product`.
 
     Args:
-        x: (..., in), in the factors' dtype.
-        execution: "factored" (`factored_apply`), "merged" (x times `delta_weight`), or "auto"
-            (`moka_core.cost`); the answer is the same up to rounding.
+        x: (..., in); it is multiplied in the factors' dtype, or in autocast's, as by `nn.functional.linear`.
+        execution: "factored" (never an array of (out, in)), "merged" (x times ΔW), or "auto"
+            (`moka_core.execution`); the answer is the same up to rounding. `config.execution` if None.
+        keep: the entries of x that dropout keeps, bool, of the shape of x; they are scaled by 1/(1 - config.dropout).
+            No dropout if None.
+
+    Returns:
+        The product, in the dtype that it was computed in.
 
     Raises:
         ConfigError: `execution` is none of these.
@@ -150,33 +141,35 @@ def moka_apply(
 
     Ref: arXiv 2508.03527.
     """
-    if resolve_execution(execution, plan, config, x.numel() // plan.in_features) == "factored":
-        return factored_apply(x, plan, config, factor_a, factor_b, gate_logits)
-    return torch.nn.functional.linear(x, delta_weight(plan, config, factor_a, factor_b, gate_logits))
+    stored = _stored(factor_a, factor_b)
+    tokens = x.numel() // plan.in_features
+    schedule = schedule_for(plan, config, tokens, execution=execution, backend=backend_of(x))
+    job = Job(plan, config.identity, schedule, compute_dtype(x, stored.dtype))
+    weights = coefficients(plan, config, gate_logits, dtype=sum_dtype(stored.device), device=stored.device)
+    if keep is not None:
+        weights = weights / (1 - config.dropout)
+    return moka_product(job, x, weights, factor_a, factor_b, keep=keep)
 
 
-def _groups(
-    plan: LayerPlan, config: MokaConfig, stored: Tensor, gate_logits: Tensor | None
-) -> Iterator[tuple[ShapeGroup, Tensor]]:
-    """Every group with its own slice of the coefficients, (copies,)."""
+def backend_of(tensor: Tensor) -> str:
+    """The name under which `moka_core.execution` prices a tensor's device."""
+    return "cpu" if tensor.device.type == "cpu" else "gpu"
+
+
+def _mixture(
+    plan: LayerPlan,
+    config: MokaConfig,
+    factor_a: Sequence[Tensor],
+    factor_b: Sequence[Tensor],
+    gate_logits: Tensor | None,
+    first: Sequence[Factor] | None,
+) -> Mixture:
+    stored = _stored(factor_a, factor_b)
     weights = coefficients(plan, config, gate_logits, dtype=stored.dtype, device=stored.device)
-    return zip(plan.groups, weights.split([group.copies for group in plan.groups]), strict=True)
+    order = tuple(first_factor(group.shape) for group in plan.groups) if first is None else tuple(first)
+    return Mixture(plan, config.identity, order, weights, tuple(factor_a), tuple(factor_b))
 
 
 def _stored(factor_a: Sequence[Tensor], factor_b: Sequence[Tensor]) -> Tensor:
     """A factor that is stored, to take dtype and device from."""
     return factor_b[0] if len(factor_b) else factor_a[0]
-
-
-def _weighted_sum(weights: Tensor, factor: Tensor) -> Tensor:
-    """Σ_c weights[c] · factor[c]: the one block of a group whose other factor is the same identity for all copies."""
-    return torch.tensordot(weights, factor, dims=1)
-
-
-def _left_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right[t] for every t, as one large product.
-
-    Not `left @ right`: torch.matmul chooses its kernel by requires_grad, so that a loaded adapter would give other
-    last bits than the trained one. And bmm would write a gradient of `left` for every t.
-    """
-    return torch.einsum("pk,tki->tpi", left, right)

@@ -19,8 +19,9 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 
 import moka_core
-from moka_core.config import check_keys
+from moka_core.config import RUNTIME_FIELDS, check_keys
 from moka_core.errors import ConfigError
+from moka_torch.base_weight import refuse_special
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import MokaLinear, refuse_adapter_names
 from moka_torch.loading import check_state_dict
@@ -48,6 +49,7 @@ class MokaConfig(PeftConfig):
         shapes: explicit plans, {"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}; after `get_peft_model`
             the model's own copy of the config states the plan of every adapted layer here.
         target_modules: as in `moka_core.MokaConfig`; None takes q_proj and v_proj on a LLaMA-like model.
+        execution: as in `moka_core.MokaConfig`; adapter_config.json does not hold it.
         format_version: of the adapter folder.
         base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
         layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`. If it is there already,
@@ -75,6 +77,7 @@ class MokaConfig(PeftConfig):
     zero_factor: str = "b"
     dropout: float = 0.1
     target_modules: list[str] | str | None = None
+    execution: str = "auto"
     format_version: int = FORMAT_VERSION
     base_fingerprint: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
@@ -114,6 +117,10 @@ class MokaConfig(PeftConfig):
         """The PEFT config with these settings; `peft_fields` are PEFT's own, such as task_type."""
         return cls(**config.to_dict(), **peft_fields)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in adapter_config.json: every field that says what the adapter is, not how it is computed."""
+        return {key: value for key, value in super().to_dict().items() if key not in RUNTIME_FIELDS}
+
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """PEFT's hook on what a file holds: an unknown key is an error here, where PEFT would drop it.
@@ -121,7 +128,8 @@ class MokaConfig(PeftConfig):
         Raises:
             ConfigError: a key is unknown.
         """
-        check_keys(kwargs, [field.name for field in dataclasses.fields(cls)], where="adapter_config.json")
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in RUNTIME_FIELDS]
+        check_keys(kwargs, names, where="adapter_config.json")
         return kwargs
 
     def _core(self, targets: Any) -> moka_core.MokaConfig:
@@ -152,7 +160,8 @@ class MokaModel(BaseTuner):
         """Wrap the targeted layers of `model`; on an error the model is as it was.
 
         Raises:
-            ConfigError: the config or the adapter's name is unusable, or `state_dict` was given.
+            ConfigError: the config or the adapter's name is unusable, `state_dict` was given, or the execution is
+                "merged" and a targeted layer cannot take W + ΔW.
             TargetError: a target matches no linear layer, or matches something that is none.
             AdapterError: the config belongs to an adapter of another base model.
         """
@@ -171,6 +180,7 @@ class MokaModel(BaseTuner):
             config.target_modules = sorted(config.target_modules)
         core = config.to_core()
         plans = plan_stated(core, config.layers, model) if config.layers else plan_targets(core, model)
+        refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
         config.base_fingerprint = check_fingerprint(config.base_fingerprint, model)
         config.layers = {path: plan.key for path, plan in plans.items()}
         config.shapes = {plan.key: [group.to_list() for group in plan.groups] for _, plan in sorted(plans.items())}
@@ -222,6 +232,10 @@ class MokaModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, MokaLinear) else module
 
 
 def register() -> None:

@@ -16,7 +16,8 @@ from moka_core.oracle import dense_delta
 from moka_torch import MokaLinear, attach, exact_on_cpu, export_adapter, import_adapter, merge, model_fingerprint
 from tests.cases import CASES
 from tests.moka_torch.conftest import IDS, logits, random_adapter
-from tests.moka_torch.test_torch_linear import layer_of, relative
+from tests.moka_torch.test_torch_linear import layer_of
+from tests.moka_torch.tolerances import relative
 
 
 def arrays(adapter) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from moka_core import AdapterError, ConfigError, KronShape, LayerPlan, MokaConfi
 from moka_core.oracle import dense_delta
 from moka_torch import MokaLinear
 from tests.cases import CASES, LayerCase, random_layer
+from tests.moka_torch.tolerances import relative
 
 
 def layer_of(case: LayerCase, base: nn.Module | None = None, seed=0) -> tuple[MokaLinear, np.ndarray]:
@@ -27,11 +28,6 @@ def fill(layer: MokaLinear, name: str, case: LayerCase, seed: int) -> None:
     with torch.no_grad():
         for key, array in random_layer(case, seed).tensors():
             layer.tensors(name)[key].copy_(torch.tensor(array))
-
-
-def relative(found, expected) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("execution", ["factored", "merged", "auto"])

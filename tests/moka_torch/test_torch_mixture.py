@@ -1,4 +1,4 @@
-"""The pure functions against the float64 oracle: every case, both executions, forward and all gradients."""
+"""The mixture as functions: coefficients, ΔW and x ΔWᵀ against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import pytest
 import torch
 
 from moka_core import ConfigError, MokaConfig, plan_layer
-from moka_core.cost import choose_execution
+from moka_core.execution import EXECUTIONS
 from moka_core.oracle import dense_delta, dense_gradients, term_coefficients
-from moka_torch.mixture import coefficients, delta_weight, moka_apply
+from moka_torch.mixture import coefficients, delta_weight, factored_apply, moka_apply, schedule_for
 from tests.cases import CASES, random_layer
+from tests.moka_torch.tolerances import FLOAT32, FLOAT64, relative
 
-# Relative error ‖a-b‖/‖b‖ in float32. Measured over 20 seeds x all cases x both executions: y 2.5e-7, x 2.5e-7,
-# factors 7.8e-7 (1.7e-6 where a factor is a single number: its gradient is one sum with cancellation), logits 4.4e-6
-# (differences of sums that nearly cancel). It is rounding: in float64 the same code agrees to 5.6e-15.
-FLOAT32 = {"y": 1e-6, "x": 1e-6, "factor_a": 5e-6, "factor_b": 5e-6, "gate_logits": 2e-5}
-FLOAT64 = 1e-12
 TOKENS = 37
-
-
-def relative(found, expected) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def tensors_of(layer, dtype, requires_grad=False):
@@ -37,7 +28,7 @@ def tensors_of(layer, dtype, requires_grad=False):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("execution", ["factored", "merged", "auto"])
+@pytest.mark.parametrize("execution", [*EXECUTIONS, None])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward_and_gradients_match_the_oracle(case, execution, dtype):
     layer, config = random_layer(case, seed=1), case.config
@@ -54,13 +45,36 @@ def test_forward_and_gradients_match_the_oracle(case, execution, dtype):
     found = {"y": y.detach(), "x": given.grad, **{name: tensor.grad for name, tensor in named.items()}}
     expected = {"y": x.astype(np.float64) @ dense_delta(layer, config).T, **dense_gradients(layer, config, x, dy)}
     assert found.keys() == expected.keys()
+    if layer.plan.terms == 1:
+        # one term has weight 1 whatever its logit is: nothing to compare, and no gradient
+        assert not expected.pop("gate_logits").any()
+        assert not found["gate_logits"].any()
     for name, array in expected.items():
-        limit = FLOAT32[name.partition(".")[0]] if dtype == torch.float32 else FLOAT64
-        if name == "gate_logits" and layer.plan.terms == 1:
-            assert np.abs(array).max() == 0
-            assert found[name].abs().max() < 1e-4
+        assert relative(found[name], array) <= (FLOAT32 if dtype == torch.float32 else FLOAT64), name
+
+
+@pytest.mark.parametrize("first", ["a", "b", None])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_factored_apply_and_delta_weight_are_differentiable_step_by_step(case, first):
+    layer, config = random_layer(case, seed=1), case.config
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((TOKENS, case.in_features))
+    dy = rng.standard_normal((TOKENS, case.out_features))
+    expected = {"y": x @ dense_delta(layer, config).T, **dense_gradients(layer, config, x, dy)}
+    if layer.plan.terms == 1:
+        del expected["gate_logits"]
+    order = None if first is None else [first] * len(layer.plan.groups)
+    for execution in ("factored", "merged"):
+        named, arguments = tensors_of(layer, torch.float64, requires_grad=True)
+        given = torch.tensor(x, requires_grad=True)
+        if execution == "factored":
+            y = factored_apply(given, layer.plan, config, *arguments, first=order)
         else:
-            assert relative(found[name], array) <= limit, name
+            y = given @ delta_weight(layer.plan, config, *arguments).T
+        y.backward(torch.tensor(dy))
+        found = {"y": y.detach(), "x": given.grad, **{name: tensor.grad for name, tensor in named.items()}}
+        for name, array in expected.items():
+            assert relative(found[name], array) <= FLOAT64, (execution, name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -70,7 +84,7 @@ def test_delta_weight_matches_the_oracle(case):
     delta = delta_weight(layer.plan, case.config, *arguments)
     assert delta.shape == (case.out_features, case.in_features)
     # measured: at most 1.7e-7 over 20 seeds
-    assert relative(delta, dense_delta(layer, case.config)) <= 1e-6
+    assert relative(delta, dense_delta(layer, case.config)) <= FLOAT32
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -78,7 +92,7 @@ def test_coefficients_match_the_oracle(case):
     layer = random_layer(case, seed=4)
     logits = None if layer.gate_logits is None else torch.tensor(layer.gate_logits)
     found = coefficients(layer.plan, case.config, logits)
-    assert relative(found, term_coefficients(layer, case.config)) <= 1e-6
+    assert relative(found, term_coefficients(layer, case.config)) <= FLOAT32
 
 
 @pytest.mark.parametrize("execution", ["factored", "merged"])
@@ -122,17 +136,17 @@ def test_leading_axes_are_kept():
 def test_auto_takes_the_cheaper_execution_of_the_two():
     config = MokaConfig()
     plan = plan_layer(config, 2048, 2048)
-    assert choose_execution(plan, config, 1) == "factored"
-    assert choose_execution(plan, config, 512) == "merged"
+    assert schedule_for(plan, config, 1, own_product=False).forward == "factored"
+    assert schedule_for(plan, config, 4096, own_product=False).forward == "merged"
     block = dataclasses.replace(config, r=8, identity="a")
-    assert choose_execution(plan_layer(block, 2048, 2048), block, 512) == "factored"
+    assert schedule_for(plan_layer(block, 2048, 2048), block, 512).forward == "factored"
 
 
 def test_errors():
     case = CASES[0]
     _, (factor_a, factor_b, _) = tensors_of(random_layer(case), torch.float32)
     x = torch.randn(2, case.in_features)
-    with pytest.raises(ConfigError, match="execution: expected one of auto, factored, merged; got 'dense'"):
+    with pytest.raises(ConfigError, match=r"execution: 'dense' is numpy\.kron in float64"):
         moka_apply(x, case.plan, case.config, factor_a, factor_b, None, execution="dense")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs gate_logits"):
         moka_apply(x, case.plan, case.config, factor_a, factor_b, None)
