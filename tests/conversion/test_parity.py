@@ -65,48 +65,52 @@ def test_both_backends_agree_on_every_stage(base, folder, quantise):
     assert abs(report.losses["torch"][0] - report.losses["torch"][-1]) > 0.1, "the adapter must move for this to count"
 
 
-def wrong_delta(rearrange: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """`delta_weight` with the blocks [p, i, q, j] of every term put in another order."""
+def use_blocks(monkeypatch, rearrange: Callable[[jax.Array], jax.Array]) -> None:
+    """Make the JAX layers compute with the blocks [p, i, q, j] of every term put in another order."""
 
-    def delta(plan, config, factor_a, factor_b, gate_logits):
+    def form(plan, mixture) -> jax.Array:
         total = jnp.zeros((plan.out_features, plan.in_features))
-        for index, weight in enumerate(moka_jax.mixture.coefficients(plan, config, gate_logits)):
-            blocks = jnp.einsum("c,cpq,cij->piqj", weight, factor_a[index], factor_b[index])
-            total += rearrange(blocks).reshape(total.shape)
+        for weight, factor_a, factor_b in zip(*mixture, strict=True):
+            total += rearrange(jnp.einsum("c,cpq,cij->piqj", weight, factor_a, factor_b)).reshape(total.shape)
         return total
 
-    return delta
+    def product(statics, x, keep, base, mixture):
+        frozen = 0 if base is None else moka_jax.nf4.frozen_weight(base, (statics.plan.out_features, x.shape[-1]))
+        return x @ (frozen + form(statics.plan, mixture)).T
 
+    def delta(plan, config, factor_a, factor_b, gate_logits):
+        return form(plan, (moka_jax.mixture.coefficients(plan, config, gate_logits), factor_a, factor_b))
 
-def use_delta(monkeypatch, delta: Callable[..., jax.Array]) -> None:
+    monkeypatch.setattr(moka_jax.linear, "mixture_product", product)
     monkeypatch.setattr(moka_jax.linear, "delta_weight", delta)
-    monkeypatch.setattr(moka_jax.linear, "factored_apply", lambda *args: args[-1] @ delta(*args[:-1]).T)
+
+
+def use_config(monkeypatch, **changes) -> None:
+    """Make the JAX layers take their coefficients from another config."""
+    right = moka_jax.mixture.coefficients
+
+    def wrong(plan, config, logits):
+        config = dataclasses.replace(config, **changes)
+        return right(plan, config, logits if config.gate == "softmax" else None)
+
+    for module in (moka_jax.mixture, moka_jax.linear):
+        monkeypatch.setattr(module, "coefficients", wrong)
 
 
 def b_kron_a(monkeypatch):
-    use_delta(monkeypatch, wrong_delta(lambda blocks: blocks.transpose(1, 0, 3, 2)))
+    use_blocks(monkeypatch, lambda blocks: blocks.transpose(1, 0, 3, 2))
 
 
 def column_major_reshape(monkeypatch):
-    use_delta(monkeypatch, wrong_delta(lambda blocks: blocks.transpose(0, 1, 3, 2)))
+    use_blocks(monkeypatch, lambda blocks: blocks.transpose(0, 1, 3, 2))
 
 
 def missing_gate(monkeypatch):
-    right = moka_jax.mixture.coefficients
-    monkeypatch.setattr(
-        moka_jax.mixture,
-        "coefficients",
-        lambda plan, config, logits: right(plan, dataclasses.replace(config, gate="uniform"), None),
-    )
+    use_config(monkeypatch, gate="uniform")
 
 
 def missing_scale(monkeypatch):
-    right = moka_jax.mixture.coefficients
-    monkeypatch.setattr(
-        moka_jax.mixture,
-        "coefficients",
-        lambda plan, config, logits: right(plan, dataclasses.replace(config, scale=1.0), logits),
-    )
+    use_config(monkeypatch, scale=1.0)
 
 
 def low_nibble_first(monkeypatch):
