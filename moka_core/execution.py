@@ -31,12 +31,12 @@ class Machine(NamedTuple):
     split: float
 
 
-# The CPU's are fitted, see docs/performance.md. The accelerator's are predicted and not measured: with 400e12
-# multiply-adds a second in bfloat16 and 4.8e12 bytes a second, an entry of 2 bytes written and read costs as much as
-# 330 multiply-adds; ΔW is formed inside the decoding of the weight, at the speed of arithmetic outside the matrix
-# units; a float32 entry read, written and read again costs 1000.
+# The CPU's are fitted in JAX on 2 cores (benchmarks/ways.py): the faster way in 28 of 30 choices. The accelerator's are
+# predicted and not measured: with 400e12 multiply-adds a second in bfloat16 and 4.8e12 bytes a second, an entry of 2
+# bytes written and read costs as much as 330 multiply-adds; ΔW is formed inside the decoding of the weight, at the speed
+# of arithmetic outside the matrix units; a float32 entry read, written and read again costs 1000.
 MACHINES: Mapping[str, Machine] = {
-    "cpu": Machine(stream=32, form=32, split=32),
+    "cpu": Machine(stream=120, form=100, split=150),
     "gpu": Machine(stream=330, form=40, split=1000),
 }
 
@@ -51,8 +51,8 @@ class Schedule:
         forward: "factored" takes two products a shape group, and dx through them; "merged" forms ΔW, and forms it again
             for dx.
         gradient: "factored" has dA and dB from recomputed halves; "merged" from G.
-        first: for each group, the factor that meets x first: "b" gives H = X Bᵀ, (copies, a_in, b_out) a token,
-            "a" gives H = A X, (copies, a_out, b_in).
+        first: for each group, the factor that meets x first: "b" gives H = X Bᵀ, (a_in, copies, b_out) a token,
+            "a" gives H = A X, (a_out, copies, b_in).
     """
 
     forward: Way
@@ -105,8 +105,9 @@ def costs(plan: LayerPlan, identity: Identity, tokens: int, *, own_product: bool
         shape, copies = group.shape, group.copies
         if identity == "none":
             products, between = _halves(shape, first_factor(shape))
-            factored += tokens * (copies * products + machine.stream * (copies * between + out))
-            gradient_factored += tokens * copies * 2 * (products + machine.stream * between)
+            # besides the half products, x and y (x and dy) are rearranged for each group
+            factored += tokens * (copies * products + machine.stream * (copies * between + out + in_))
+            gradient_factored += tokens * 2 * (copies * products + machine.stream * (copies * between + out + in_))
             merged += out * in_ * (copies + machine.form)
             gradient_merged += out * in_ * (2 * copies + machine.split)
         else:

@@ -116,7 +116,7 @@ def apply_factored(
         if identity == "none":
             a, b = _scaled(weight, factor_a[index]).astype(x.dtype), factor_b[index].astype(x.dtype)
             half = half_product(folded, first[index], a, b)
-            second = f"{lead}cqi,cpq->{lead}pi" if first[index] == "b" else f"{lead}cpj,cij->{lead}pi"
+            second = f"{lead}qci,cpq->{lead}pi" if first[index] == "b" else f"{lead}pcj,cij->{lead}pi"
             y = jnp.einsum(second, half, a if first[index] == "b" else b)
         elif identity == "a":
             y = jnp.einsum(f"{lead}qj,ij->{lead}qi", folded, weighted_sum(weight, factor_b[index]).astype(x.dtype))
@@ -129,11 +129,11 @@ def apply_factored(
 
 
 def half_product(folded: jax.Array, first: Factor, a: jax.Array, b: jax.Array) -> jax.Array:
-    """H = X B_cᵀ, (..., copies, a_in, b_out), if B comes first; H = A_c X, (..., copies, a_out, b_in), if A does."""
+    """H = X B_cᵀ, (..., a_in, copies, b_out), if B comes first; H = A_c X, (..., a_out, copies, b_in), if A does."""
     lead = axes(folded, 2)
     if first == "b":
-        return jnp.einsum(f"{lead}qj,cij->{lead}cqi", folded, b)
-    return jnp.einsum(f"{lead}qj,cpq->{lead}cpj", folded, a)
+        return jnp.einsum(f"{lead}qj,cij->{lead}qci", folded, b)
+    return jnp.einsum(f"{lead}qj,cpq->{lead}pcj", folded, a)
 
 
 def weighted_sum(weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -171,8 +171,10 @@ def _gradient_from_full(group: ShapeGroup, own: Mixture, full: jax.Array) -> Mix
     (weight,), (a,), (b,) = own
     shape = group.shape
     blocks = full.reshape(shape.a_out, shape.b_out, shape.a_in, shape.b_in).transpose(0, 2, 1, 3)
-    p = jnp.einsum("pqij,cij->cpq", blocks, b.astype(full.dtype))
-    q = jnp.einsum("pqij,cpq->cij", blocks, a.astype(full.dtype))
+    # as one matrix (a_out·a_in, b_out·b_in): left to einsum, it would be rearranged once for P and once for Q
+    matrix = blocks.reshape(shape.a_out * shape.a_in, shape.b_out * shape.b_in)
+    p = jnp.einsum("mn,cn->cm", matrix, b.astype(full.dtype).reshape(group.copies, -1)).reshape(a.shape)
+    q = (a.astype(full.dtype).reshape(group.copies, -1) @ matrix).reshape(b.shape)
     return _gradients(own, p, weight[:, None, None] * q)
 
 
@@ -191,11 +193,11 @@ def _gradient_from_halves(group: ShapeGroup, first: Factor, own: Mixture, x: jax
     half_x = half_product(folded_x, first, scaled, b)
     half_dy = _half_of_dy(folded_dy, first, scaled, b)
     if first == "b":
-        p = einsum(f"{lead}pi,{lead}cqi->cpq", folded_dy, half_x)
-        q = einsum(f"{lead}cqi,{lead}qj->cij", half_dy, folded_x)
+        p = einsum(f"{lead}pi,{lead}qci->cpq", folded_dy, half_x)
+        q = einsum(f"{lead}qci,{lead}qj->cij", half_dy, folded_x)
     else:
-        p = einsum(f"{lead}cpj,{lead}qj->cpq", half_dy, folded_x)
-        q = einsum(f"{lead}pi,{lead}cpj->cij", folded_dy, half_x)
+        p = einsum(f"{lead}pcj,{lead}qj->cpq", half_dy, folded_x)
+        q = einsum(f"{lead}pi,{lead}pcj->cij", folded_dy, half_x)
     return _gradients(own, p, q)
 
 
@@ -225,16 +227,16 @@ def _input_gradient(group: ShapeGroup, first: Factor, own: Mixture, dy: jax.Arra
     half = _half_of_dy(fold_out(dy, group), first, scaled, b)
     lead = axes(dy)
     if first == "b":
-        return jnp.einsum(f"{lead}cqi,cij->{lead}qj", half, b)
-    return jnp.einsum(f"{lead}cpj,cpq->{lead}qj", half, scaled)
+        return jnp.einsum(f"{lead}qci,cij->{lead}qj", half, b)
+    return jnp.einsum(f"{lead}pcj,cpq->{lead}qj", half, scaled)
 
 
 def _half_of_dy(folded: jax.Array, first: Factor, a: jax.Array, b: jax.Array) -> jax.Array:
-    """L = A_cᵀ dY, (..., copies, a_in, b_out), if B met x first; L = dY B_c, (..., copies, a_out, b_in), if A did."""
+    """L = A_cᵀ dY, (..., a_in, copies, b_out), if B met x first; L = dY B_c, (..., a_out, copies, b_in), if A did."""
     lead = axes(folded, 2)
     if first == "b":
-        return jnp.einsum(f"{lead}pi,cpq->{lead}cqi", folded, a)
-    return jnp.einsum(f"{lead}pi,cij->{lead}cpj", folded, b)
+        return jnp.einsum(f"{lead}pi,cpq->{lead}qci", folded, a)
+    return jnp.einsum(f"{lead}pi,cij->{lead}pcj", folded, b)
 
 
 def _gradients(own: Mixture, p: jax.Array, db: jax.Array) -> Mixture:
