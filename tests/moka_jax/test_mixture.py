@@ -43,8 +43,10 @@ def test_output_matches_the_float64_oracle(case, execution):
     assert relative(y, expected) <= 1e-6  # measured: at most 2.5e-7 over 20 seeds
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_delta_and_coefficients_match_the_float64_oracle(case):
+def test_delta_and_coefficients_match_the_float64_oracle(case, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # both write ΔW's loop, each in its own way
     layer = random_layer(case, seed=3)
     given = arguments(dict(layer.tensors()))
     delta = jax.jit(partial(delta_weight, case.plan, case.config))(*given)
