@@ -32,9 +32,9 @@ class Machine(NamedTuple):
 
 
 # The CPU's are fitted in JAX on 2 cores by benchmarks/ways.py, whose result says how often they choose right. The
-# accelerator's are predicted and not measured: with 400e12 multiply-adds a second in bfloat16 and 4.8e12 bytes a second,
-# an entry of 2 bytes written and read costs as much as 330 multiply-adds; ΔW is formed inside the decoding of the weight,
-# at the speed of arithmetic outside the matrix units; a float32 entry read, written and read again costs 1000.
+# accelerator's are predicted, not measured: with 400e12 multiply-adds a second in bfloat16 and 4.8e12 bytes a second,
+# an entry of 2 bytes written and read costs as much as 330 multiply-adds; ΔW is formed inside the decoding of the
+# weight, at the speed of arithmetic outside the matrix units; a float32 entry read, written and read again costs 1000.
 MACHINES: Mapping[str, Machine] = {
     "cpu": Machine(stream=120, form=100, split=150),
     "gpu": Machine(stream=330, form=40, split=1000),
