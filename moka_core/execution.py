@@ -36,7 +36,7 @@ class Machine(NamedTuple):
 # an entry of 2 bytes written and read costs as much as 330 multiply-adds; ΔW is formed inside the decoding of the
 # weight, at the speed of arithmetic outside the matrix units; a float32 entry read, written and read again costs 1000.
 MACHINES: Mapping[str, Machine] = {
-    "cpu": Machine(stream=120, form=100, split=150),
+    "cpu": Machine(stream=160, form=100, split=200),
     "gpu": Machine(stream=330, form=40, split=1000),
 }
 
