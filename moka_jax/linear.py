@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -64,16 +65,9 @@ class MokaLinear(nnx.Module):
         _check_execution(self.execution, base)
         self.dropout_key: DropoutKey | None = nnx.data(None)
         lead = () if layers is None else (layers,)
-        factors: dict[str, list[MokaParam]] = {"a": [], "b": []}
-        for name in ("a", "b"):
-            if config.identity == name:
-                continue
-            for group in plan.groups:
-                key, drawn = jax.random.split(key)
-                shape = (*lead, *group.factor_shape(name))
-                factors[name].append(MokaParam(_initial(shape, drawn, zero=config.zero_factor == name)))
-        self.factor_a = nnx.List(factors["a"])
-        self.factor_b = nnx.List(factors["b"])
+        factor_a, factor_b = _start(key, plan, config, lead)
+        self.factor_a = nnx.List([MokaParam(factor) for factor in factor_a])
+        self.factor_b = nnx.List([MokaParam(factor) for factor in factor_b])
         gated = config.gate == "softmax"
         self.gate_logits = MokaParam(jnp.zeros((*lead, plan.terms), jnp.float32)) if gated else None
 
@@ -194,9 +188,23 @@ def with_dropout_key(model: nnx.Module, key: jax.Array) -> nnx.Module:
     return model
 
 
-def _initial(shape: tuple[int, ...], key: jax.Array, *, zero: bool) -> jax.Array:
-    """Zeros, or Kaiming-uniform with a = √5 over the factor's own columns: U(-1/√columns, 1/√columns)."""
-    if zero:
-        return jnp.zeros(shape, jnp.float32)
-    bound = 1 / math.sqrt(shape[-1])
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _start(
+    key: jax.Array, plan: LayerPlan, config: MokaConfig, lead: tuple[int, ...]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """All factors at the start: one kind 0, the other Kaiming-uniform with a = √5 over its own columns, ±1/√columns.
+
+    One draw for all entries of a layer: compiling the generator takes seconds for each shape that it is asked for.
+    """
+    random = "a" if config.zero_factor == "b" else "b"
+    shapes = {
+        name: [(*lead, *group.factor_shape(name)) for group in plan.groups if config.identity != name]
+        for name in ("a", "b")
+    }
+    sizes = [math.prod(shape) for shape in shapes[random]]
+    parts = (
+        jnp.split(jax.random.uniform(key, (sum(sizes),), jnp.float32, -1, 1), np.cumsum(sizes)[:-1]) if sizes else []
+    )
+    drawn = [part.reshape(shape) / math.sqrt(shape[-1]) for part, shape in zip(parts, shapes[random], strict=True)]
+    zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes[config.zero_factor]]
+    return (drawn, zeros) if random == "a" else (zeros, drawn)
