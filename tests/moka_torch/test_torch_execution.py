@@ -363,7 +363,6 @@ def test_execution_is_taken_from_the_config_and_overridden_by_the_layer(monkeypa
     case = CASES[0]
     counted = Counted(monkeypatch)
     assert plan_execution(case.plan, case.config, TOKENS, own_product=False).forward == "merged"
-    assert plan_execution(case.plan, case.config, TOKENS).forward == "factored"
     for config, attribute, products in (
         ("auto", None, 0), ("merged", None, 0), ("factored", None, 1),
         ("merged", "factored", 1), ("factored", "merged", 0), ("factored", "auto", 0),
