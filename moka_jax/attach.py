@@ -176,8 +176,8 @@ def merge(model: nnx.Module) -> nnx.Module:
     special = [_dotted(site.path) for site in sites if not is_plain(site.base)]
     if special:
         raise AdapterError(
-            f"merge: {', '.join(special)} multiplies in a way of its own (dot_general, precision or promote_dtype), "
-            "which a merged weight would not keep; use the adapter unmerged"
+            f"merge: {', '.join(special)} multiplies in a way of its own (dot_general, precision, "
+            "preferred_element_type or promote_dtype), which a merged weight would not keep; use the adapter unmerged"
         )
     for site in sites:
         assert isinstance(site.module, MokaLinear)

@@ -155,7 +155,11 @@ def is_plain(base: nnx.Linear | Nf4Linear) -> bool:
     """Whether a base layer computes just x Wᵀ + b, so that a merged weight can take its place."""
     if isinstance(base, Nf4Linear):
         return True
-    changed = (base.dot_general is not jax.lax.dot_general, base.precision is not None)
+    changed = (
+        base.dot_general is not jax.lax.dot_general,
+        base.precision is not None,
+        getattr(base, "preferred_element_type", None) is not None,
+    )
     return not any(changed) and base.promote_dtype is nnx.nn.dtypes.promote_dtype
 
 
@@ -169,7 +173,8 @@ def _check_execution(execution: Execution, base: nnx.Linear | Nf4Linear) -> None
     if check_execution(execution) == "merged" and not is_plain(base):
         raise ConfigError(
             "execution: 'merged' puts W + ΔW in the place of W, but this base layer multiplies in a way of its own "
-            "(dot_general, precision or promote_dtype), which that would pass by; use 'factored' or 'auto'"
+            "(dot_general, precision, preferred_element_type or promote_dtype), which that would pass by; use "
+            "'factored' or 'auto'"
         )
 
 

@@ -15,13 +15,16 @@ from moka_core.oracle import stable_factor
 
 
 def coefficients(plan: LayerPlan, config: MokaConfig, gate_logits: jax.Array | None) -> list[jax.Array]:
-    """scale·α_i·c_i of every term, one array (copies,) a shape group; α = softmax(gate_logits) or 1/r."""
+    """scale·α_i·c_i of every term, one array (copies,) a shape group; α = softmax(gate_logits) or 1/r.
+
+    In float32 at least: the softmax of bfloat16 logits is not rounded before it is multiplied.
+    """
     if config.gate == "softmax":
         if gate_logits is None:
             raise ConfigError("gate 'softmax' needs gate_logits of shape (terms,); got None")
-        alpha = jax.nn.softmax(gate_logits)
+        alpha = jax.nn.softmax(gate_logits.astype(jnp.promote_types(gate_logits.dtype, jnp.float32)))
     else:
-        alpha = jnp.full((plan.terms,), 1.0 / plan.terms, jnp.float32)
+        alpha = jnp.full((plan.terms,), 1.0 / plan.terms)  # float64 where that is switched on
     result, start = [], 0
     for group in plan.groups:
         constant = config.scale * stable_factor(config, group.shape)

@@ -85,6 +85,8 @@ def moka_apply(
     """
     if x.ndim == 0 or x.shape[-1] != plan.in_features:
         raise ConfigError(f"x: expected (..., {plan.in_features}); got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ConfigError(f"x: expected a floating dtype, in which the products are computed; got {x.dtype}")
     if keep is not None and (keep.shape != x.shape or keep.dtype != bool):
         raise ConfigError(f"keep: expected bool of shape {x.shape}; got {keep.dtype} of shape {keep.shape}")
     tokens = math.prod(x.shape[:-1])
@@ -124,8 +126,10 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     dropped = _drop(x, keep, statics.keep_rate)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     lead = axes(x)
-    # What nobody asked for, such as the gradient of a frozen base, is removed by the compiler.
-    full = jnp.einsum(f"{lead}o,{lead}i->oi", dy, dropped, preferred_element_type=wide)
+    full = None
+    if base is not None or (identity == "none" and schedule.gradient == "merged"):
+        # the gradient of a base that nobody trains is removed by the compiler
+        full = jnp.einsum(f"{lead}o,{lead}i->oi", dy, dropped, preferred_element_type=wide)
     parts = []
     dx = jnp.zeros((), x.dtype)
     for index, group in enumerate(plan.groups):
@@ -133,6 +137,7 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         if identity != "none":
             mixture_gradient, through = _block_gradient(identity, group, own, dropped, dy)
         elif schedule.gradient == "merged":
+            assert full is not None
             mixture_gradient, through = _gradient_from_full(group, own, full), None
         else:
             mixture_gradient, through = _gradient_from_halves(group, schedule.first[index], own, dropped, dy), None
@@ -146,6 +151,7 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         weight = _merged_weight(statics, base, mixture)
         dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
         if base is not None:
+            assert full is not None
             decoded, pull = jax.vjp(partial(frozen_weight, shape=(plan.out_features, plan.in_features)), base)
             (base_gradient,) = pull(full.astype(decoded.dtype))
     gradients = Mixture(*([part[kind][0] for part in parts if part[kind]] for kind in range(3)))

@@ -76,8 +76,8 @@ def base_weight(base: nn.Module, x: Tensor) -> BaseWeight | None:
         compute = compute_dtype(x, weight.dtype)
         if x.dtype not in (weight.dtype, compute):
             return None  # the layer itself says that the dtypes differ
-        held = weight.data
-        return BaseWeight(lambda dtype: held.to(dtype, copy=True), bias, compute, compute)
+        held, unchanged = weight.data, _watch(weight)
+        return BaseWeight(lambda dtype: unchanged(held).to(dtype, copy=True), bias, compute, compute)
 
     layer: Any = base
     state = getattr(weight, "quant_state", None)
@@ -87,8 +87,25 @@ def base_weight(base: nn.Module, x: Tensor) -> BaseWeight | None:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     compute = x.dtype if layer.compute_dtype is None else layer.compute_dtype
-    codes = weight.data
-    return BaseWeight(lambda dtype: _decode(codes, state, dtype), bias, compute, x.dtype)
+    codes, unchanged = weight.data, _watch(weight)
+    return BaseWeight(lambda dtype: _decode(unchanged(codes), state, dtype), bias, compute, x.dtype)
+
+
+def _watch(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Gives back what it is given, unless `weight` has been written into since: as torch checks what it saves."""
+    if weight.is_inference():
+        return lambda held: held
+    version = weight._version
+
+    def unchanged(held: Tensor) -> Tensor:
+        if weight._version != version:
+            raise RuntimeError(
+                "the frozen weight under a MoKA layer was changed in place between a forward and its backward, which "
+                "needs it once more; change it before the forward or after the backward"
+            )
+        return held
+
+    return unchanged
 
 
 def _decode(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from moka_core import PRESETS, Architecture, ConfigError, MokaConfig, preset
-from moka_core.config import check_keys, plans_from_dict
+from moka_core.config import RUNTIME_FIELDS, check_keys, plans_from_dict
 
 Quantise = Literal["nf4-double", "nf4", "none"]
 Dtype = Literal["float32", "bfloat16"]
@@ -284,12 +284,14 @@ class TrainConfig:
     def meaning(self) -> dict[str, Any]:
         """What decides the trained adapter and what the metrics mean, flat: {"optimiser.learning_rate": 0.005, …}.
 
-        Without `FREE_FIELDS` and the paths of the data, whose contents are compared instead. `steps` is part of it
-        if the learning rate depends on it.
+        Without `FREE_FIELDS`, what only says how the adapter is computed, and the paths of the data, whose contents
+        are compared instead. `steps` is part of it if the learning rate depends on it.
         """
         values = self.to_dict()
         for name in FREE_FIELDS:
             del values[name]
+        for name in RUNTIME_FIELDS:
+            values["adapter"].pop(name, None)
         for name in ("train", "eval"):
             del values["data"][name]
         if self.optimiser.schedule == "constant":

@@ -286,6 +286,19 @@ def test_random_factors_reach_every_entry_of_delta():
     assert np.abs(dense_delta(factors, CONFIG)).min() > 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("execution", ["factored", "auto"])
+def test_a_base_that_asks_for_another_dtype_of_its_product_keeps_it(execution, dropout):
+    base = nnx.Linear(IN, OUT, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0))
+    layer = make(base, dataclasses.replace(CONFIG, dropout=dropout), execution=execution)
+    if dropout:
+        with_dropout_key(layer, jax.random.key(0))
+    x = jnp.ones((4096, IN))
+    assert layer(x).dtype == base(x).dtype == jnp.float32
+    with pytest.raises(ConfigError, match="preferred_element_type"):
+        layer(x, execution="merged")
+
+
 def test_a_base_that_multiplies_in_its_own_way_is_asked_and_not_replaced():
     """A merged weight would pass by `dot_general`; the answer must not depend on the number of tokens."""
 

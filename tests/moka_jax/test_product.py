@@ -116,7 +116,7 @@ def errors_of(
                 assert np.abs(found[kind]).max() < 1e-4
                 continue
             error = np.linalg.norm(found[kind] - array) / np.linalg.norm(array)
-            worst[kind] = max(worst.get(kind, 0.0), float(error))
+            worst[kind] = float(np.maximum(worst.get(kind, 0.0), error))  # max() would pass over a NaN
     return worst
 
 
@@ -135,6 +135,13 @@ EVERY_WAY = [
 def test_output_and_all_gradients_match_the_float64_oracle(case, schedule):
     worst = errors_of(case, schedule, range(3), dropout=True)
     assert above(worst, FLOAT32) == {}
+
+
+def test_a_nan_does_not_pass(monkeypatch):
+    """The guard above can fail."""
+    right, case = mixture_product, CASES[0]
+    monkeypatch.setitem(globals(), "mixture_product", lambda *arguments: right(*arguments) * jnp.nan)
+    assert above(errors_of(case, schedules(case)[0], range(1)), FLOAT32).keys() >= {"y", "x"}
 
 
 @pytest.mark.parametrize("base", ["dense", "packed"])
@@ -269,6 +276,10 @@ def test_bad_input_is_refused():
         moka_apply(x, plan, config, layer.factor_a, layer.factor_b, None)
     with pytest.raises(ConfigError, match=r"x: expected \(..., 12\); got \(3, 16\)"):
         moka_apply(jnp.ones((3, 16)), plan, config, layer.factor_a, layer.factor_b, layer.gate_logits)
+    with pytest.raises(
+        ConfigError, match="x: expected a floating dtype, in which the products are computed; got int32"
+    ):
+        moka_apply(jnp.ones((3, 12), jnp.int32), plan, config, layer.factor_a, layer.factor_b, layer.gate_logits)
     with pytest.raises(ConfigError, match=r"keep: expected bool of shape \(3, 12\); got float32 of shape \(3, 12\)"):
         moka_apply(x, plan, config, layer.factor_a, layer.factor_b, layer.gate_logits, keep=jnp.ones((3, 12)))
 

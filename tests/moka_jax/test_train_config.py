@@ -191,3 +191,11 @@ def test_a_constant_rate_does_not_depend_on_the_number_of_steps() -> None:
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(moka_jax.train.config).failed == 0
     assert doctest.testmod(moka_jax.train.config).attempted == 1
+
+
+def test_how_the_adapter_is_computed_is_no_part_of_what_a_run_means() -> None:
+    """A run may go on with another execution."""
+    settings = ({"preset": "paper"}, {"preset": "paper", "execution": "merged"}, {"preset": "paper", "r": 4})
+    plain, merged, other = (TrainConfig.from_dict(values(adapter=adapter)).meaning() for adapter in settings)
+    assert plain == merged
+    assert plain != other

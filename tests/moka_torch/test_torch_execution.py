@@ -413,3 +413,18 @@ def test_execution_in_a_file_is_an_unknown_key(tmp_path):
 
 def adapted(model) -> list[MokaLinear]:
     return [module for module in model.modules() if isinstance(module, MokaLinear)]
+
+
+def test_a_base_weight_that_changes_before_the_backward_is_an_error_and_not_another_gradient():
+    """torch checks what it saved; W is not saved but decoded again, so the layer checks."""
+    case = CASES[0]
+    layer, _ = layer_of(case)
+    layer.execution = "merged"
+    x = torch.randn(5, case.in_features, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between a forward and its backward"):
+        y.sum().backward()
+    layer(x).sum().backward()
+    assert x.grad is not None
