@@ -17,7 +17,7 @@ from benchmarks.layer_jax import random_nf4, randomised
 from benchmarks.models import FIVE, QV, RANK, Model
 from moka_core import preset
 from moka_jax import Nf4Linear, attach, with_dropout_key
-from moka_jax.attach import Site, linear_sites
+from moka_jax.attach import Site, linear_sites, replace_module
 from moka_jax.llama import Llama, load_llama
 from moka_jax.llama.config import LlamaConfig, RopeConfig
 
@@ -76,10 +76,10 @@ def attach_lora(llama: Llama, targets: tuple[str, ...], *, dropout: bool = False
         keys = jax.random.split(jax.random.key(0), site.layers)
         lora = nnx.vmap(functools.partial(_lora, (in_, out), llama.dtype))(keys)
         if dropout:
-            _replace(llama, site, DroppedLora(site.base, lora, site.layers or 1))
+            replace_module(llama, site.path, DroppedLora(site.base, lora, site.layers or 1))
         else:
             lora.base_module = nnx.data(site.base)
-            _replace(llama, site, lora)
+            replace_module(llama, site.path, lora)
 
 
 def _lora(dims: tuple[int, int], dtype: Any, key: jax.Array) -> nnx.LoRA:
@@ -100,7 +100,7 @@ def base_llama(model: Model, *, dtype: str, abstract: bool = False) -> Llama:
     key = jax.random.key(0, impl="rbg")
     for index, site in enumerate(linear_sites(llama)):
         if site.layers is not None:
-            _replace(llama, site, _packed(site, width, None if abstract else jax.random.fold_in(key, index)))
+            replace_module(llama, site.path, _packed(site, width, None if abstract else jax.random.fold_in(key, index)))
     graphdef, dense, packed = nnx.split(llama, nnx.Param, ...)
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
@@ -203,10 +203,3 @@ def _with_keys(model: nnx.Module, key: jax.Array) -> nnx.Module:
         if isinstance(module, DroppedLora):
             module.key = LoraKey(jax.random.split(jax.random.fold_in(key, index), module.layers))
     return with_dropout_key(model, key)
-
-
-def _replace(llama: Llama, site: Site, module: nnx.Module) -> None:
-    owner: Any = llama
-    for part in site.path[:-1]:
-        owner = getattr(owner, str(part))
-    setattr(owner, str(site.path[-1]), module)

@@ -11,11 +11,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.harness import Call
-from moka_core import Nf4Weight, plan_layer, preset
+from benchmarks.models import RANK, layer_configs
+from moka_core import Nf4Weight, plan_layer
 from moka_core.nf4 import BLOCK, NESTED_BLOCK, NestedScales, dynamic_levels
 from moka_jax import MokaLinear, Nf4Linear
-
-RANK = 32
 
 
 def random_nf4(out: int, in_: int, seed: int = 0) -> Nf4Weight:
@@ -70,8 +69,7 @@ class JaxLayer:
     def __init__(self, out: int, in_: int, dtype: str) -> None:
         self.out, self.in_, self.dtype = out, in_, jnp.dtype(dtype)
         base = Nf4Linear(random_nf4(out, in_), dtype=self.dtype)
-        paper = preset("paper", dropout=0.0)
-        blocks = preset("paper", dropout=0.0, identity="a", num_shapes=1, r=16 if out == in_ else 8)
+        paper, blocks = layer_configs(out, in_)
 
         def moka(config: Any = paper, execution: Any = "auto") -> MokaLinear:
             return MokaLinear(base, plan_layer(config, out, in_), config, key=jax.random.key(0), execution=execution)

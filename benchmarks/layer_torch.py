@@ -13,10 +13,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.harness import Call
-from moka_core import plan_layer, preset
+from benchmarks.models import RANK, layer_configs
+from moka_core import plan_layer
 from moka_torch import MokaLinear, exact_on_cpu
-
-RANK = 32
 
 
 def linear4bit(out: int, in_: int, dtype: torch.dtype, device: torch.device, weight: Tensor | None = None) -> nn.Module:
@@ -86,8 +85,7 @@ class TorchLayer:
         base = linear4bit(out, in_, self.dtype, self.device)
         if device == "cpu":
             exact_on_cpu(base)
-        paper = preset("paper", dropout=0.0)
-        blocks = preset("paper", dropout=0.0, identity="a", num_shapes=1, r=16 if out == in_ else 8)
+        paper, blocks = layer_configs(out, in_)
 
         def moka(config: Any = paper, execution: Any = "auto") -> MokaLinear:
             layer = MokaLinear(base, "default", plan=plan_layer(config, out, in_), config=config)

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from moka_core import Architecture, architecture
+from moka_cli.params import LORA_RANK, LORA_TARGETS
+from moka_core import Architecture, MokaConfig, architecture, preset
 from moka_core.architecture import ARCHITECTURES
 
 TINY = Architecture(
@@ -20,8 +21,7 @@ TINY = Architecture(
     tie_word_embeddings=False,
 )
 QV = ("q_proj", "v_proj")
-FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-RANK = 32
+FIVE, RANK = LORA_TARGETS, LORA_RANK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,12 @@ class Model:
             "max_position_embeddings": 8192,
             "rms_norm_eps": 1e-5,
         }
+
+
+def layer_configs(out: int, in_: int) -> tuple[MokaConfig, MokaConfig]:
+    """What is measured on a layer alone: the preset `paper`, and one block repeated along the diagonal (MoKA_s)."""
+    blocks = preset("paper", dropout=0.0, identity="a", num_shapes=1, r=16 if out == in_ else 8)
+    return preset("paper", dropout=0.0), blocks
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

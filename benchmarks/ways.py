@@ -30,13 +30,13 @@ from benchmarks.harness import (
     write_results,
 )
 from moka_core import LayerPlan, MokaConfig, plan_layer
-from moka_core.execution import Schedule, Way, costs, first_factor
+from moka_core.execution import Costs, Schedule, Way, costs, first_factor
 from moka_jax.product import Mixture, Statics, mixture_product
 
 SHAPES = ("192x576", "576x576", "2048x2048", "1024x4096", "4096x4096")
 TOKENS = (128, 512, 2048, 8192)
 CONFIG = MokaConfig()
-PIECES = ("factored", "merged", "gradient_factored", "gradient_merged")
+PIECES = Costs._fields
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -140,10 +140,10 @@ def plan_execution(
     """
     execution = check_execution(config.execution if execution is None else execution)
     priced = costs(plan, config.identity, tokens, own_product=own_product, backend=backend)
-    forward: Way = "factored" if execution == "factored" or priced.factored <= priced.merged else "merged"
+    forward: Way = "factored" if priced.factored <= priced.merged else "merged"
     gradient: Way = "factored" if priced.gradient_factored <= priced.gradient_merged else "merged"
-    if execution == "merged":
-        forward = "merged"
+    if execution != "auto":
+        forward = execution
     # a mixture with an identity needs only blocks on a diagonal, which x and dy give more cheaply than G in every case
     if execution == "factored" or config.identity != "none":
         gradient = "factored"

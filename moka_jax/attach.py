@@ -94,7 +94,7 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
         own = jax.random.fold_in(key, index)
         layers.append((site, _adapted(site, plan, config, key=own, execution=execution)))
     for site, layer in layers:
-        _replace(model, site.path, layer)
+        replace_module(model, site.path, layer)
     return model
 
 
@@ -158,7 +158,7 @@ def import_adapter(
     layers = [(site, _adapted(site, plan, adapter.config, key=key, execution=execution)) for site, plan in chosen]
     for site, layer in layers:
         layer.set_factors([adapter.layers[name] for name in site.names])
-        _replace(model, site.path, layer)
+        replace_module(model, site.path, layer)
     return model
 
 
@@ -193,7 +193,7 @@ def merge(model: nnx.Module) -> nnx.Module:
         dense.kernel = nnx.Param(jnp.swapaxes(weight, -1, -2))
         if bias is not None:
             dense.bias = nnx.Param(bias)
-        _replace(model, site.path, dense)
+        replace_module(model, site.path, dense)
     if hasattr(model, "base_fingerprint"):
         model.base_fingerprint = None  # it is another model now
     return model
@@ -257,7 +257,8 @@ def _parent(model: nnx.Module, path: tuple[str | int, ...]) -> Any:
     return parent
 
 
-def _replace(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+def replace_module(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+    """Put a module in the place of the one at `path`, the `path` of a `Site`."""
     parent, last = _parent(model, path), path[-1]
     if isinstance(last, int) or isinstance(parent, dict):
         parent[last] = module

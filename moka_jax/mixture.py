@@ -10,8 +10,8 @@ import numpy as np
 
 from moka_core import ConfigError, LayerPlan, MokaConfig, ShapeGroup
 from moka_core.config import Factor, Identity
-from moka_core.execution import first_factor
 from moka_core.oracle import stable_factor
+from moka_jax.nf4 import axes
 
 
 def coefficients(plan: LayerPlan, config: MokaConfig, gate_logits: jax.Array | None) -> list[jax.Array]:
@@ -48,23 +48,6 @@ def delta_weight(
         gate_logits: (terms,), or None for a uniform gate.
     """
     return form_delta(plan, config.identity, coefficients(plan, config, gate_logits), factor_a, factor_b)
-
-
-def factored_apply(
-    x: jax.Array,
-    plan: LayerPlan,
-    config: MokaConfig,
-    factor_a: Sequence[jax.Array],
-    factor_b: Sequence[jax.Array],
-    gate_logits: jax.Array | None,
-) -> jax.Array:
-    """ΔW x without ΔW, two products a group, differentiated by JAX itself: (..., in) to (..., out), in the dtype of x.
-
-    Args as in `delta_weight`.
-    """
-    first = tuple(first_factor(group.shape) for group in plan.groups)
-    weights = coefficients(plan, config, gate_logits)
-    return apply_factored(x, plan, config.identity, first, weights, factor_a, factor_b)
 
 
 def form_delta(
@@ -167,11 +150,6 @@ def fold_in(x: jax.Array, group: ShapeGroup) -> jax.Array:
 def fold_out(y: jax.Array, group: ShapeGroup) -> jax.Array:
     """y (..., out) as Y (..., a_out, b_out)."""
     return y.reshape(*y.shape[:-1], group.shape.a_out, group.shape.b_out)
-
-
-def axes(x: jax.Array, own: int = 1) -> str:
-    """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
-    return "stuvwxyz"[: x.ndim - own]
 
 
 def _scaled(weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -75,8 +75,7 @@ def _backward(shape: tuple[int, int], kept: Any, dy: jax.Array) -> tuple[jax.Arr
     weight, pull = jax.vjp(partial(frozen_weight, shape=shape), arrays)
     dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
     # nobody trains these arrays, and a compiler then removes this; but whoever asks gets the true gradient
-    lead = "stuvwxyz"[: x.ndim - 1]
-    (towards_arrays,) = pull(jnp.einsum(f"{lead}o,{lead}i->oi", dy, x).astype(weight.dtype))
+    (towards_arrays,) = pull(weight_gradient(x, dy).astype(weight.dtype))
     return dx, towards_arrays
 
 
@@ -170,3 +169,15 @@ def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Arra
     """x Wᵀ + b with W (out, in) cast to the dtype of x."""
     y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """G = dyᵀ x, (out, in), the gradient of the weight in y = x Wᵀ; in float32 at least."""
+    lead = axes(x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(f"{lead}o,{lead}i->oi", dy, x, preferred_element_type=wide)
+
+
+def axes(x: jax.Array, own: int = 1) -> str:
+    """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
+    return "stuvwxyz"[: x.ndim - own]

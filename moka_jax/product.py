@@ -16,7 +16,6 @@ from moka_core.config import Factor, Identity
 from moka_core.execution import Execution, Schedule, plan_execution
 from moka_jax.mixture import (
     apply_factored,
-    axes,
     coefficients,
     fold_in,
     fold_out,
@@ -24,7 +23,7 @@ from moka_jax.mixture import (
     half_product,
     weighted_sum,
 )
-from moka_jax.nf4 import Frozen, frozen_weight, project
+from moka_jax.nf4 import Frozen, axes, frozen_weight, project, weight_gradient
 
 
 class Mixture(NamedTuple):
@@ -124,12 +123,10 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     x, keep, base, mixture = kept
     plan, identity, schedule = statics.plan, statics.identity, statics.schedule
     dropped = _drop(x, keep, statics.keep_rate)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    lead = axes(x)
     full = None
     if base is not None or (identity == "none" and schedule.gradient == "merged"):
         # the gradient of a base that nobody trains is removed by the compiler
-        full = jnp.einsum(f"{lead}o,{lead}i->oi", dy, dropped, preferred_element_type=wide)
+        full = weight_gradient(dropped, dy)
     parts = []
     dx = jnp.zeros((), x.dtype)
     for index, group in enumerate(plan.groups):

@@ -11,7 +11,8 @@ import pytest
 
 from moka_core import ConfigError, LayerFactors, MokaConfig, plan_layer
 from moka_core.oracle import dense_delta, term_coefficients
-from moka_jax.mixture import coefficients, delta_weight, factored_apply
+from moka_jax.mixture import coefficients, delta_weight
+from moka_jax.product import moka_apply
 from tests.cases import CASES, LayerCase, random_layer
 
 TOKENS = 37
@@ -29,7 +30,7 @@ def arguments(tensors: dict[str, jax.Array]) -> tuple[list[jax.Array], list[jax.
 
 def apply(case: LayerCase, execution: str, x: jax.Array, tensors: dict[str, jax.Array]) -> jax.Array:
     if execution == "factored":
-        return factored_apply(x, case.plan, case.config, *arguments(tensors))
+        return moka_apply(x, case.plan, case.config, *arguments(tensors), execution="factored")
     return x @ delta_weight(case.plan, case.config, *arguments(tensors)).T
 
 
@@ -94,7 +95,7 @@ def test_leading_axes_are_kept_and_do_not_change_the_numbers(lead):
         tensors = dict(random_layer(case).tensors())
         x = np.random.default_rng(1).standard_normal((*lead, case.in_features)).astype(np.float32)
         expected = x @ dense_delta(random_layer(case), case.config).T
-        y = factored_apply(jnp.asarray(x), case.plan, case.config, *arguments(tensors))
+        y = moka_apply(jnp.asarray(x), case.plan, case.config, *arguments(tensors), execution="factored")
         assert y.shape == (*lead, case.out_features)
         assert relative(y, expected) <= 1e-6
 
