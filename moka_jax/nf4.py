@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def frozen_weight(arrays: Frozen, shape: tuple[int, int]) -> jax.Array:
             scales = decode_scales(scales, arrays["nested_absmax"], arrays["nested_levels"], arrays["nested_offset"])
         return decode_nf4(arrays["codes"], scales, shape)
 
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
         return decode()
     # XLA would put the decoding into the loop of whatever reads the weight, which is then no longer vectorised: with ΔW
     # added, 2 times as slow at 4096x4096. On a CPU it drops optimisation barriers; a branch it keeps apart.
@@ -85,7 +86,7 @@ def _backward(shape: tuple[int, int], kept: Any, dy: jax.Array) -> tuple[jax.Arr
     weight, pull = jax.vjp(partial(frozen_weight, shape=shape), arrays)
     dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
     # nobody trains these arrays, and a compiler then removes this; but whoever asks gets the true gradient
-    (towards_arrays,) = pull(weight_gradient(x, dy).astype(weight.dtype))
+    (towards_arrays,) = pull(varying_like(weight_gradient(x, dy).astype(weight.dtype), weight))
     return dx, towards_arrays
 
 
@@ -184,10 +185,40 @@ def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Arra
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """G = dyᵀ x, (out, in), the gradient of the weight in y = x Wᵀ; in float32 at least."""
     lead = axes(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(f"{lead}o,{lead}i->oi", dy, x, preferred_element_type=wide)
+    return sum_over_tokens(f"{lead}o,{lead}i->oi", dy, x)
+
+
+def sum_over_tokens(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """An einsum that sums the tokens' axes, in float32 at least.
+
+    On a mesh with explicit axes the result is sharded as its own axes are in `left` and `right`, and the same on every
+    device that holds other tokens.
+    """
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    sharding = None
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes:
+        operands, result = formula.split("->")
+        of_letter = {
+            letter: axis
+            for letters, operand in zip(operands.split(","), (left, right), strict=True)
+            for letter, axis in zip(letters, jax.typeof(operand).sharding.spec, strict=True)
+        }
+        sharding = jax.NamedSharding(mesh, jax.P(*(of_letter[letter] for letter in result)))
+    return jnp.einsum(formula, left, right, preferred_element_type=wide, out_sharding=sharding)
+
+
+def varying_like(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+    """The gradient summed over the axes of a `shard_map` along which it varies, but its primal does not."""
+    over = _varying(gradient) - _varying(primal)
+    return jax.lax.psum(gradient, tuple(sorted(over))) if over else gradient
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    kind: Any = jax.typeof(array)
+    return kind.manual_axis_type.varying
 
 
 def axes(x: jax.Array, own: int = 1) -> str:
     """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
-    return "stuvwxyz"[: x.ndim - own]
+    return ("stuvwxyz" + string.ascii_uppercase)[: x.ndim - own]

@@ -23,7 +23,7 @@ from moka_jax.mixture import (
     half_product,
     weighted_sum,
 )
-from moka_jax.nf4 import Frozen, axes, frozen_weight, project, weight_gradient
+from moka_jax.nf4 import Frozen, axes, frozen_weight, project, sum_over_tokens, varying_like, weight_gradient
 
 
 class Mixture(NamedTuple):
@@ -150,9 +150,10 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         if base is not None:
             assert full is not None
             decoded, pull = jax.vjp(partial(frozen_weight, shape=(plan.out_features, plan.in_features)), base)
-            (base_gradient,) = pull(full.astype(decoded.dtype))
+            (base_gradient,) = pull(varying_like(full.astype(decoded.dtype), decoded))
     gradients = Mixture(*([part[kind][0] for part in parts if part[kind]] for kind in range(3)))
-    return _drop(dx, keep, statics.keep_rate), None, base_gradient, gradients
+    dx = varying_like(_drop(dx, keep, statics.keep_rate), x)
+    return dx, None, base_gradient, jax.tree.map(varying_like, gradients, mixture)
 
 
 mixture_product = jax.custom_vjp(_product, nondiff_argnums=(0,))
@@ -189,18 +190,16 @@ def _gradient_from_halves(group: ShapeGroup, first: Factor, own: Mixture, x: jax
     """
     (weight,), (a,), (b,) = own
     lead = axes(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    einsum = partial(jnp.einsum, preferred_element_type=wide)
     folded_x, folded_dy = fold_in(x, group), fold_out(dy, group)
     scaled, a, b = (weight[:, None, None] * a).astype(x.dtype), a, b.astype(x.dtype)
     half_x = half_product(folded_x, first, scaled, b)
     half_dy = _half_of_dy(folded_dy, first, scaled, b)
     if first == "b":
-        p = einsum(f"{lead}pi,{lead}qci->cpq", folded_dy, half_x)
-        q = einsum(f"{lead}qci,{lead}qj->cij", half_dy, folded_x)
+        p = sum_over_tokens(f"{lead}pi,{lead}qci->cpq", folded_dy, half_x)
+        q = sum_over_tokens(f"{lead}qci,{lead}qj->cij", half_dy, folded_x)
     else:
-        p = einsum(f"{lead}pcj,{lead}qj->cpq", half_dy, folded_x)
-        q = einsum(f"{lead}pi,{lead}pcj->cij", folded_dy, half_x)
+        p = sum_over_tokens(f"{lead}pcj,{lead}qj->cpq", half_dy, folded_x)
+        q = sum_over_tokens(f"{lead}pi,{lead}pcj->cij", folded_dy, half_x)
     return _gradients(own, p, q)
 
 
@@ -213,13 +212,12 @@ def _block_gradient(
     lead = axes(x)
     folded_x, folded_dy = fold_in(x, group), fold_out(dy, group)
     block = weighted_sum(weight, stored).astype(x.dtype)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     letters = (f"{lead}qi", f"{lead}qj", "ij") if identity == "a" else (f"{lead}pj", f"{lead}qj", "pq")
     out, in_, both = letters
-    gradient = jnp.einsum(f"{out},{in_}->{both}", folded_dy, folded_x, preferred_element_type=wide)
+    gradient = sum_over_tokens(f"{out},{in_}->{both}", folded_dy, folded_x)
     dx = jnp.einsum(f"{out},{both}->{in_}", folded_dy, block)
-    towards_weight = jnp.einsum("ij,cij->c", gradient, stored.astype(wide)).astype(weight.dtype)
-    towards_stored = [(weight.astype(wide)[:, None, None] * gradient).astype(stored.dtype)]
+    towards_weight = jnp.einsum("ij,cij->c", gradient, stored.astype(gradient.dtype)).astype(weight.dtype)
+    towards_stored = [(weight.astype(gradient.dtype)[:, None, None] * gradient).astype(stored.dtype)]
     return Mixture([towards_weight], *(([], towards_stored) if identity == "a" else (towards_stored, []))), dx
 
 

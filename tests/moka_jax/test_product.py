@@ -223,7 +223,7 @@ def test_whoever_trains_the_base_too_gets_its_true_gradient():
     np.testing.assert_allclose(gradient["kernel"], x.T @ dy, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lead", [(), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2, 1, 3), (1, 2, *(1,) * 8)], ids=str)
 def test_leading_axes_are_kept_and_do_not_change_the_numbers(lead):
     for case, dropout in ((CASES[7], True), (CASES[13], False), (CASES[14], True)):
         mixture = mixture_of(case, dict(random_layer(case).tensors()))
@@ -234,13 +234,17 @@ def test_leading_axes_are_kept_and_do_not_change_the_numbers(lead):
         flat = [None if array is None else array.reshape(-1, array.shape[-1]) for array in (x, keep, dy)]
         for schedule in schedules(case)[::3]:
             statics = statics_of(case, schedule)
-            y, pull = jax.vjp(lambda x, m, s=statics, k=keep: mixture_product(s, x, k, None, m), x, mixture)
-            flat_y, flat_pull = jax.vjp(
-                lambda x, m, s=statics, k=flat[1]: mixture_product(s, x, k, None, m), flat[0], mixture
-            )
+
+            @jax.jit
+            def both(x, keep, dy, mixture, statics=statics):
+                y, pull = jax.vjp(lambda x, m: mixture_product(statics, x, keep, None, m), x, mixture)
+                return y, pull(dy)
+
+            y, gradients = both(x, keep, dy, mixture)
+            flat_y, flat_gradients = both(*flat, mixture)
             assert y.shape == dy.shape
             np.testing.assert_allclose(y.reshape(flat_y.shape), flat_y, rtol=1e-5, atol=1e-5)
-            for found, expected in zip(jax.tree.leaves(pull(dy)), jax.tree.leaves(flat_pull(flat[2])), strict=True):
+            for found, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(flat_gradients), strict=True):
                 scale = float(np.abs(expected).max())
                 np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=1e-5 * scale)
 
@@ -258,10 +262,11 @@ def test_it_can_be_differentiated_twice_in_reverse():
     def plain(x, mixture):
         return x @ form_delta(case.plan, case.config.identity, *mixture).T
 
-    expected = jax.grad(squared_gradient)(x, plain)
+    twice = jax.jit(jax.grad(squared_gradient), static_argnums=1)
+    expected = twice(x, plain)
     for schedule in schedules(case)[::3]:
         statics = statics_of(case, schedule)
-        found = jax.grad(squared_gradient)(x, lambda x, m, s=statics: mixture_product(s, x, None, None, m))
+        found = twice(x, lambda x, m, s=statics: mixture_product(s, x, None, None, m))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()))
 
 
