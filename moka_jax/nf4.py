@@ -86,8 +86,8 @@ def _backward(shape: tuple[int, int], kept: Any, dy: jax.Array) -> tuple[jax.Arr
     weight, pull = jax.vjp(partial(frozen_weight, shape=shape), arrays)
     dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
     # nobody trains these arrays, and a compiler then removes this; but whoever asks gets the true gradient
-    (towards_arrays,) = pull(varying_like(weight_gradient(x, dy).astype(weight.dtype), weight))
-    return dx, towards_arrays
+    (towards_arrays,) = pull(as_cotangent(weight_gradient(x, dy).astype(weight.dtype), weight))
+    return as_cotangent(dx, x), towards_arrays
 
 
 # x Wᵀ that keeps x and the packed weight for its backward, and decodes again there: left to itself JAX keeps W.
@@ -189,29 +189,23 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def sum_over_tokens(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """An einsum that sums the tokens' axes, in float32 at least.
-
-    On a mesh with explicit axes the result is sharded as its own axes are in `left` and `right`, and the same on every
-    device that holds other tokens.
-    """
+    """An einsum that sums the tokens, in float32 at least; whole on every device of a mesh with explicit axes."""
     wide = jnp.promote_types(left.dtype, jnp.float32)
-    sharding = None
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = jax.NamedSharding(mesh, jax.P()) if mesh.explicit_axes else None
+    return jnp.einsum(formula, left, right, preferred_element_type=wide, out_sharding=whole)
+
+
+def as_cotangent(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+    """The gradient with the type of its primal: summed over the axes of a `shard_map` along which only the gradient
+    varies, and sharded alike on a mesh with explicit axes."""
+    over = _varying(gradient) - _varying(primal)
+    if over:
+        gradient = jax.lax.psum(gradient, tuple(sorted(over)))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.explicit_axes:
-        operands, result = formula.split("->")
-        of_letter = {
-            letter: axis
-            for letters, operand in zip(operands.split(","), (left, right), strict=True)
-            for letter, axis in zip(letters, jax.typeof(operand).sharding.spec, strict=True)
-        }
-        sharding = jax.NamedSharding(mesh, jax.P(*(of_letter[letter] for letter in result)))
-    return jnp.einsum(formula, left, right, preferred_element_type=wide, out_sharding=sharding)
-
-
-def varying_like(gradient: jax.Array, primal: jax.Array) -> jax.Array:
-    """The gradient summed over the axes of a `shard_map` along which it varies, but its primal does not."""
-    over = _varying(gradient) - _varying(primal)
-    return jax.lax.psum(gradient, tuple(sorted(over))) if over else gradient
+        gradient = jax.reshard(gradient, jax.NamedSharding(mesh, jax.typeof(primal).sharding.spec))
+    return gradient
 
 
 def _varying(array: jax.Array) -> frozenset[str]:

@@ -23,7 +23,7 @@ from moka_jax.mixture import (
     half_product,
     weighted_sum,
 )
-from moka_jax.nf4 import Frozen, axes, frozen_weight, project, sum_over_tokens, varying_like, weight_gradient
+from moka_jax.nf4 import Frozen, as_cotangent, axes, frozen_weight, project, sum_over_tokens, weight_gradient
 
 
 class Mixture(NamedTuple):
@@ -150,10 +150,10 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         if base is not None:
             assert full is not None
             decoded, pull = jax.vjp(partial(frozen_weight, shape=(plan.out_features, plan.in_features)), base)
-            (base_gradient,) = pull(varying_like(full.astype(decoded.dtype), decoded))
+            (base_gradient,) = pull(as_cotangent(full.astype(decoded.dtype), decoded))
     gradients = Mixture(*([part[kind][0] for part in parts if part[kind]] for kind in range(3)))
-    dx = varying_like(_drop(dx, keep, statics.keep_rate), x)
-    return dx, None, base_gradient, jax.tree.map(varying_like, gradients, mixture)
+    dx = as_cotangent(_drop(dx, keep, statics.keep_rate), x)
+    return dx, None, base_gradient, jax.tree.map(as_cotangent, gradients, mixture)
 
 
 mixture_product = jax.custom_vjp(_product, nondiff_argnums=(0,))

@@ -1,4 +1,4 @@
-"""Gradients on several devices, simulated on one CPU: tokens sharded, weights and adapters on every device."""
+"""Gradients on several devices, simulated on one CPU: the input sharded, weights and adapters on every device."""
 
 from __future__ import annotations
 
@@ -34,18 +34,24 @@ def layer_of(identity: Identity) -> MokaLinear:
     return layer
 
 
-def on_automatic_axes(loss: Callable[..., Any], *arguments: Any) -> Any:
-    return on_mesh(loss, jax.sharding.AxisType.Auto, *arguments)
+def on_automatic_axes(*arguments: Any) -> Any:
+    return on_mesh(jax.sharding.AxisType.Auto, jax.P("data"), *arguments)
 
 
-def on_explicit_axes(loss: Callable[..., Any], *arguments: Any) -> Any:
-    return on_mesh(loss, jax.sharding.AxisType.Explicit, *arguments)
+def on_explicit_axes(*arguments: Any) -> Any:
+    return on_mesh(jax.sharding.AxisType.Explicit, jax.P("data"), *arguments)
 
 
-def on_mesh(loss: Callable[..., Any], kind: jax.sharding.AxisType, trained: Any, x: jax.Array, frozen: Any) -> Any:
+def features_on_explicit_axes(*arguments: Any) -> Any:
+    return on_mesh(jax.sharding.AxisType.Explicit, jax.P(None, None, "data"), *arguments)
+
+
+def on_mesh(
+    kind: jax.sharding.AxisType, spec: jax.P, loss: Callable[..., Any], trained: Any, x: jax.Array, frozen: Any
+) -> Any:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        x = jax.device_put(x, jax.NamedSharding(mesh, spec))
         return jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1)))(trained, x, frozen))
 
 
@@ -58,7 +64,7 @@ def inside_shard_map(loss: Callable[..., Any], trained: Any, x: jax.Array, froze
     return jax.device_get(jax.jit(jax.grad(sharded, argnums=(0, 1)))(trained, x, frozen))
 
 
-@pytest.mark.parametrize("where", [on_automatic_axes, on_explicit_axes, inside_shard_map])
+@pytest.mark.parametrize("where", [on_automatic_axes, on_explicit_axes, features_on_explicit_axes, inside_shard_map])
 @pytest.mark.parametrize(("identity", "execution"), EXECUTIONS)
 def test_gradients_are_those_of_one_device(identity, execution, where):
     assert jax.device_count() >= 4, "tests/conftest.py asks for 4 devices"
