@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
 
 from moka_core.errors import ConfigError
@@ -20,13 +20,15 @@ class BaseWeight(NamedTuple):
     """A base layer as y = x Wᵀ + bias, for one input.
 
     Args:
-        decode: W (out, in) in the dtype that it is asked for, a new tensor each time, from what was stored at the call.
+        held: the tensor that W is stored in.
+        decode: gives W (out, in) of that tensor, in the dtype that it is asked for, as a new one each time.
         bias: (out,), or None.
         compute: the dtype that the layer multiplies in.
         returns: the dtype that it returns.
     """
 
-    decode: Callable[[torch.dtype], Tensor]
+    held: Tensor
+    decode: Callable[[Tensor, torch.dtype], Tensor]
     bias: Tensor | None
     compute: torch.dtype
     returns: torch.dtype
@@ -35,13 +37,13 @@ class BaseWeight(NamedTuple):
 def special(base: nn.Module) -> str | None:
     """Why W + ΔW can never stand in for this layer's own weight; None if it can.
 
-    It can for exactly `nn.Linear` with a plain parameter and bitsandbytes' 4-bit layers, as long as `forward` is
-    the class's own.
+    It can for exactly `nn.Linear` with a plain parameter (or a plain tensor in its place, as under
+    `torch.func.functional_call`) and bitsandbytes' 4-bit layers, as long as `forward` is the class's own.
     """
     if "forward" in vars(base):
         return "its forward was replaced on this instance (accelerate does so to move weights between devices)"
     if type(base) is nn.Linear:
-        if type(base.weight) is nn.Parameter:
+        if type(base.weight) in (nn.Parameter, Tensor):
             return None
         return f"its weight is a {type(base.weight).__name__}, not a plain parameter"
     if _is_4bit(base):
@@ -53,7 +55,8 @@ def refuse_special(execution: str, bases: dict[str, nn.Module]) -> None:
     """Raise a ConfigError if "merged" is asked for on layers that cannot take W + ΔW; `bases` by their names."""
     if execution != "merged":
         return
-    problems = [f"{name}: {reason}" for name, base in bases.items() if (reason := special(base)) is not None]
+    reasons = {name: special(base) for name, base in bases.items()}
+    problems = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if problems:
         raise ConfigError(
             "execution: 'merged' puts W + ΔW in place of the frozen weight, which these layers do not allow; "
@@ -76,8 +79,7 @@ def base_weight(base: nn.Module, x: Tensor) -> BaseWeight | None:
         compute = compute_dtype(x, weight.dtype)
         if x.dtype not in (weight.dtype, compute):
             return None  # the layer itself says that the dtypes differ
-        held, unchanged = weight.data, _watch(weight)
-        return BaseWeight(lambda dtype: unchanged(held).to(dtype, copy=True), bias, compute, compute)
+        return BaseWeight(weight, _cast, bias, compute, compute)
 
     layer: Any = base
     state = getattr(weight, "quant_state", None)
@@ -87,28 +89,14 @@ def base_weight(base: nn.Module, x: Tensor) -> BaseWeight | None:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     compute = x.dtype if layer.compute_dtype is None else layer.compute_dtype
-    codes, unchanged = weight.data, _watch(weight)
-    return BaseWeight(lambda dtype: _decode(unchanged(codes), state, dtype), bias, compute, x.dtype)
+    return BaseWeight(weight, functools.partial(_decode, state), bias, compute, x.dtype)
 
 
-def _watch(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Gives back what it is given, unless `weight` has been written into since: as torch checks what it saves."""
-    if weight.is_inference():
-        return lambda held: held
-    version = weight._version
-
-    def unchanged(held: Tensor) -> Tensor:
-        if weight._version != version:
-            raise RuntimeError(
-                "the frozen weight under a MoKA layer was changed in place between a forward and its backward, which "
-                "needs it once more; change it before the forward or after the backward"
-            )
-        return held
-
-    return unchanged
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype, copy=True)
 
 
-def _decode(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _decode(state: Any, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """A 4-bit weight in `dtype`, or rounded from float32 to float64.
 
     Not through PEFT, which decodes to the dtype that the weight was quantised from: the layer itself decodes to the
@@ -131,7 +119,7 @@ def _decode(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _is_4bit(base: nn.Module) -> bool:
-    if not is_bnb_4bit_available():
+    if type(base).__module__.partition(".")[0] != "bitsandbytes":
         return False
     import bitsandbytes as bnb
 

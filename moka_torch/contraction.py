@@ -75,30 +75,38 @@ def form(mixture: Mixture, onto: Tensor | None = None) -> Tensor:
     """
     out, in_ = mixture.plan.out_features, mixture.plan.in_features
     total = onto
-    for k, a, b in (group[1:] for group in mixture.groups()):
+    for _, k, a, b in mixture.groups():
         if a is not None and b is not None:
             copies, a_out, a_in = a.shape
             _, b_out, b_in = b.shape
             product = _scaled(k, a).reshape(copies, -1).T @ b.reshape(copies, -1)
             blocks = product.reshape(a_out, a_in, b_out, b_in).transpose(1, 2)
-            if total is None:
-                total = blocks.reshape(out, in_)
-            else:
-                total.view(a_out, b_out, a_in, b_in).add_(blocks)
+            total = added(None if total is None else total.view(blocks.shape), blocks).reshape(out, in_)
             continue
-        if total is None:
-            total = k.new_zeros(out, in_)
+        block = block_of(k, b if a is None else a)
+        rows, columns = block.shape
+        size = out // rows
+        own = block.new_zeros(out, in_) if total is None or _transformed() else total
         if a is None:
-            block = block_of(k, b)
-            size = out // block.shape[0]
-            diagonal = total.view(size, block.shape[0], size, block.shape[1]).diagonal(dim1=0, dim2=2)
+            diagonal = own.view(size, rows, size, columns).diagonal(dim1=0, dim2=2)
         else:
-            block = block_of(k, a)
-            size = out // block.shape[0]
-            diagonal = total.view(block.shape[0], size, block.shape[1], size).diagonal(dim1=1, dim2=3)
+            diagonal = own.view(rows, size, columns, size).diagonal(dim1=1, dim2=3)
         diagonal.add_(block[..., None])
+        total = own if total is None or total is own else total + own
     assert total is not None  # a plan has at least one group
     return total
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """total + part, written into `total` but for inside torch.func's transforms, or `part` if there is no total yet."""
+    if total is None:
+        return part
+    return total + part if _transformed() else total.add_(part)
+
+
+def _transformed() -> bool:
+    """Whether a tensor may have an axis of `torch.func.vmap`, with which nothing can be written into one without."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def block_of(weights: Tensor, factor: Tensor | None) -> Tensor:

@@ -28,8 +28,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     moka_gate_logits[n] is (terms,). What is a fixed identity, or the gate of an ungated mixture, is absent.
     With PEFT's key handling this gives the names of the file format, `<path>.moka_factor_a.<group>`.
 
-    How ΔW dropout(x) is computed is chosen in every forward, from `execution` if that is set and from the adapter's
-    config if it is None. "merged", or "auto" where that is cheaper, makes one product with W + ΔW in place of the base
+    How ΔW dropout(x) is computed is chosen in every forward: by the call's `execution`, or the layer's, or that of the
+    adapter's config. "merged", or "auto" where that is cheaper, makes one product with W + ΔW in place of the base
     layer's own if one adapter is active, nothing is dropped, and the base is a frozen `nn.Linear` or 4-bit layer
     without hooks; otherwise ΔW has a product of its own beside base(x).
 
@@ -143,16 +143,21 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         named |= {f"factor_b.{group}": tensor for group, tensor in enumerate(factor_b)}
         return named if logits is None else {**named, "gate_logits": logits}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, execution: Execution | None = None, **kwargs: Any) -> Tensor:
         """base(x) + Σ ΔW dropout(x) over the active adapters, in the dtype that the base layer returns.
 
         ΔW with a product of its own is multiplied in the adapter's dtype, the input being cast to it, or in autocast's.
         W + ΔW is summed in float32 at least and rounded once, to the dtype that the base layer multiplies in.
 
+        Args:
+            execution: for this call, in place of the layer's own.
+            args, kwargs: what the base layer takes besides x.
+
         Raises:
             ConfigError: `adapter_names` was given; a different adapter for each sample is not supported. Or the
-                execution is "merged" by name, on a base layer that cannot take W + ΔW.
+                execution is unknown, or "merged" by name on a base layer that cannot take W + ΔW.
         """
+        execution = self.execution if execution is None else execution
         refuse_adapter_names(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -160,10 +165,10 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = self._present(self.active_adapters)
         for name in names:
-            refuse_special(self._execution(name), {"this layer": self.base_layer})
+            refuse_special(execution or self.moka_config[name].execution, {"this layer": self.base_layer})
         if len(names) == 1 and not args and not kwargs and not self._drops(names[0]):
             base = base_weight(self.base_layer, x)
-            result = None if base is None else self._into_base(names[0], x, base)
+            result = None if base is None else self._into_base(names[0], x, base, execution)
             if result is not None:
                 return result
         result = self.base_layer(x, *args, **kwargs)
@@ -178,18 +183,18 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                     config = dataclasses.replace(config, dropout=dropout.p)
                 keep = dropout(torch.ones_like(x)).bool()
             result = result + moka_apply(
-                x, self.moka_plan[name], config, *self.factors(name), execution=self.execution, keep=keep
+                x, self.moka_plan[name], config, *self.factors(name), execution=execution, keep=keep
             )
         return result.to(dtype)
 
-    def _into_base(self, name: str, x: Tensor, base: BaseWeight) -> Tensor | None:
+    def _into_base(self, name: str, x: Tensor, base: BaseWeight, execution: Execution | None) -> Tensor | None:
         """x (W + ΔW)ᵀ + bias as one product; None if that is not the execution to take."""
         plan, config = self.moka_plan[name], self.moka_config[name]
         schedule = schedule_for(
             plan,
             config,
             x.numel() // plan.in_features,
-            execution=self.execution,
+            execution=execution,
             own_product=False,
             backend=backend_of(x),
         )
@@ -198,10 +203,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         factor_a, factor_b, logits = self.factors(name)
         weights = coefficients(plan, config, logits, dtype=sum_dtype(x.device), device=x.device)
         job = Job(plan, config.identity, schedule, base.compute, base.decode)
-        return moka_product(job, x, weights, factor_a, factor_b, bias=base.bias).to(base.returns)
-
-    def _execution(self, name: str) -> Execution:
-        return self.moka_config[name].execution if self.execution is None else self.execution
+        return moka_product(job, x, weights, factor_a, factor_b, held=base.held, bias=base.bias).to(base.returns)
 
     def _drops(self, name: str) -> bool:
         dropout = self.moka_dropout[name]

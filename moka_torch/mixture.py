@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,18 @@ from torch import Tensor
 from moka_core import LayerPlan, MokaConfig
 from moka_core.config import Factor
 from moka_core.errors import ConfigError
-from moka_core.execution import Execution, first_factor, plan_execution
+from moka_core.execution import Execution, Schedule, first_factor, plan_execution
 from moka_core.oracle import stable_factor
 from moka_torch.contraction import Mixture, form, through
 from moka_torch.product import Job, compute_dtype, moka_product, sum_dtype
 
 # asked for in every forward of every layer, with few different answers
-schedule_for = functools.lru_cache(maxsize=4096)(plan_execution)
+_remembered = functools.lru_cache(maxsize=4096)(plan_execution)
+
+
+def schedule_for(*args: Any, **kwargs: Any) -> Schedule:
+    """`plan_execution`, remembered; torch.compile traces it anew, for it warns of a cache."""
+    return plan_execution(*args, **kwargs) if torch.compiler.is_compiling() else _remembered(*args, **kwargs)
 
 
 def coefficients(
@@ -114,9 +120,10 @@ def moka_apply(
     execution: Execution | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """dropout(x) ΔWᵀ, (..., out), differentiable in x, the factors and the logits.
+    """dropout(x) ΔWᵀ, (..., out), differentiable in x, the factors and the logits in reverse mode.
 
     Kept for the backward are x as it is, the factors, their coefficients and `keep`; see `moka_torch.product`.
+    Forward mode (`torch.func.jvp`, `jacfwd`) raises NotImplementedError here; `factored_apply` has it.
 
     Args:
         x: (..., in); it is multiplied in the factors' dtype, or in autocast's, as by `nn.functional.linear`.
@@ -129,7 +136,8 @@ def moka_apply(
         The product, in the dtype that it was computed in.
 
     Raises:
-        ConfigError: `execution` is none of these.
+        ConfigError: `execution` is none of these, x is not (..., in) or not floating, or `keep` is not bool of its
+            shape.
 
     Example:
         >>> from moka_core import KronShape, LayerPlan, MokaConfig, ShapeGroup

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moka_core.errors import ConfigError
 from moka_core.execution import Schedule
 from moka_core.plan import LayerPlan
 from moka_torch.contraction import (
     Group,
     Mixture,
     Pull,
+    added,
     form,
     product,
     pull_from_halves,
@@ -35,15 +37,16 @@ class Job(NamedTuple):
     Args:
         plan, identity, schedule: see `moka_core`.
         compute: the dtype of the large products and of y.
-        weight: gives the frozen weight W, (out, in), in the dtype that it is asked for, as a tensor that may be written
-            into; called in the forward and again in the backward. None for the product with ΔW alone.
+        weight: gives the frozen weight W, (out, in), of the tensor that holds it, in the dtype that it is asked for, as
+            a tensor that may be written into; called in the forward and again in the backward. None for the product
+            with ΔW alone.
     """
 
     plan: LayerPlan
     identity: Any
     schedule: Schedule
     compute: torch.dtype
-    weight: Callable[[torch.dtype], Tensor] | None = None
+    weight: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
 
 def moka_product(
@@ -54,37 +57,51 @@ def moka_product(
     factor_b: Sequence[Tensor],
     *,
     keep: Tensor | None = None,
+    held: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """(x ∘ keep) ΔWᵀ, (..., out), or x (W + ΔW)ᵀ + bias, differentiable any number of times in all that is no bool.
+    """(x ∘ keep) ΔWᵀ, (..., out), or x (W + ΔW)ᵀ + bias, differentiable any number of times in reverse mode.
 
     With k = `weights`, ΔW = Σ_i k_i (A_i ⊗ B_i), G = dyᵀ (x ∘ keep), P_i and Q_i as in `moka_torch.contraction`:
 
-        dA_i = k_i P_i    dB_i = k_i Q_i    dk_i = <P_i, A_i>    dx = (dy ΔW) ∘ keep, or dy (W + ΔW)
+        dA_i = k_i P_i    dB_i = k_i Q_i    dk_i = <P_i, A_i>    dx = (dy ΔW) ∘ keep, or dy (W + ΔW)    dW = G
 
-    Kept for the backward: x as it is, k, the factors and `keep`. ΔW and W are formed again, halves recomputed.
+    Kept for the backward: x as it is, k, the factors, `keep` and `held`. ΔW and W are formed again, halves recomputed.
+    `torch.func.vmap` may batch any of the tensors; forward mode (`torch.func.jvp`, `jacfwd`) is a NotImplementedError.
 
     Args:
         x: (..., in), any floating dtype.
         weights: k, (terms,); float64 keeps the gradient of the gate from being rounded before it is subtracted from.
         factor_a, factor_b: as in `moka_torch.mixture.delta_weight`.
         keep: bool, of the shape of x: the entries that dropout lets through. Their scale belongs into `weights`.
+        held: what `job.weight` gives W of: W in another dtype, or what has no gradient.
         bias: (out,), with `job.weight` only.
 
     Returns:
         y in `job.compute`. Gradients have the dtype of what they belong to; those of the factors and of k are summed in
         float32 at least.
+
+    Raises:
+        ConfigError: x is not (..., in) or not floating, or `keep` is not bool of its shape.
     """
-    if job.weight is not None and (keep is not None or job.schedule.forward != "merged"):
+    if x.shape[-1:] != (job.plan.in_features,):
+        raise ConfigError(f"x: expected (..., {job.plan.in_features}); got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ConfigError(f"x: expected a floating dtype; got {x.dtype}")
+    if keep is not None and (keep.shape != x.shape or keep.dtype != torch.bool):
+        raise ConfigError(f"keep: expected bool of shape {tuple(x.shape)}; got {keep.dtype} of {tuple(keep.shape)}")
+    if (job.weight is None) != (held is None):
+        raise ValueError("job.weight and what it gives W of are given together or not at all")
+    if held is not None and (keep is not None or job.schedule.forward != "merged"):
         raise ValueError("W + ΔW is one weight only if ΔW is formed and nothing is dropped from its input alone")
     flat = x.reshape(-1, job.plan.in_features)
     flat_keep = None if keep is None else keep.reshape(flat.shape)
-    y = MokaProduct.apply(job, flat, flat_keep, bias, weights, *factor_a, *factor_b)
+    y = MokaProduct.apply(job, flat, flat_keep, held, bias, weights, *factor_a, *factor_b)
     return y.reshape(*x.shape[:-1], job.plan.out_features)
 
 
 class MokaProduct(torch.autograd.Function):
-    """The Function under `moka_product`: inputs job, x (tokens, in), keep, bias, k, then the factors, A before B.
+    """The Function under `moka_product`: inputs job, x (tokens, in), keep, held, bias, k, then the factors, A before B.
 
     Its backward is made of differentiable operations on the inputs that were kept, so that torch differentiates it
     again where a second derivative is asked for.
@@ -94,46 +111,52 @@ class MokaProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        job: Job, x: Tensor, keep: Tensor | None, bias: Tensor | None, weights: Tensor, *factors: Tensor
+        job: Job,
+        x: Tensor,
+        keep: Tensor | None,
+        held: Tensor | None,
+        bias: Tensor | None,
+        weights: Tensor,
+        *factors: Tensor,
     ) -> Tensor:
         with _without_autocast(x):
             mixture = _mixture(job, weights, factors)
             given = _masked(x.to(job.compute), keep)
             if job.schedule.forward == "merged":
                 return torch.nn.functional.linear(
-                    given, _weight(job, mixture), None if bias is None else bias.to(job.compute)
+                    given, _weight(job, mixture, held), None if bias is None else bias.to(job.compute)
                 )
             y: Tensor | None = None
             for group in mixture.to(job.compute).groups():
-                part = through(group, given)
-                y = part if y is None else y.add_(part)
+                y = added(y, through(group, given))
             assert y is not None  # a plan has at least one group
             return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        job, x, keep, bias, weights, *factors = inputs
-        ctx.job, ctx.dtypes = job, (x.dtype, None if bias is None else bias.dtype)
-        # x is needed for nothing but the gradients of k and of the factors
-        kept = x if any(ctx.needs_input_grad[4:]) else None
-        ctx.save_for_backward(kept, keep, weights, *factors)
+        job, x, keep, held, bias, weights, *factors = inputs
+        ctx.job, ctx.dtypes = job, [None if tensor is None else tensor.dtype for tensor in (x, held, bias)]
+        _, want_x, _, want_held, _, *want = ctx.needs_input_grad
+        kept = x if want_held or any(want) else None
+        ctx.save_for_backward(kept, keep, held if want_x else None, weights, *factors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         job: Job = ctx.job
-        x, keep, weights, *factors = ctx.saved_tensors
-        x_dtype, bias_dtype = ctx.dtypes
-        _, want_x, _, want_bias, *want = ctx.needs_input_grad
+        x, keep, held, weights, *factors = ctx.saved_tensors
+        x_dtype, held_dtype, bias_dtype = ctx.dtypes
+        _, want_x, _, want_held, want_bias, *want = ctx.needs_input_grad
         with _without_autocast(dy):
             mixture = _mixture(job, weights, factors)
             dy = dy.to(job.compute)
             dbias = dy.sum(0, dtype=_precise(dy.dtype)).to(bias_dtype) if want_bias else None
             given = None if x is None else _masked(x.to(job.compute), keep)
-            dx, grads = _backward(job, mixture, given, dy, want_x, want)
+            dheld = product(dy.T, given, _precise(dy.dtype)).to(held_dtype) if want_held and given is not None else None
+            dx, grads = _backward(job, mixture, held, given if any(want) else None, dy, want_x, want)
             if dx is not None:
                 dx = _masked(dx, keep).to(x_dtype)
             cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, (weights, *factors), strict=True)]
-            return None, dx, None, dbias, *cast
+            return None, dx, None, dheld, dbias, *cast
 
 
 def _mixture(job: Job, weights: Tensor, factors: Sequence[Tensor]) -> Mixture:
@@ -145,16 +168,23 @@ def _mixture(job: Job, weights: Tensor, factors: Sequence[Tensor]) -> Mixture:
     return mixture.to(_precise(factors[0].dtype))
 
 
-def _weight(job: Job, mixture: Mixture) -> Tensor:
+def _weight(job: Job, mixture: Mixture, held: Tensor | None) -> Tensor:
     """ΔW or W + ΔW, summed in float32 at least and rounded once, to the dtype of the product."""
     if job.weight is None:
         return form(mixture).to(job.compute)
+    assert held is not None
     precise = torch.promote_types(mixture.weights.dtype, job.compute)
-    return form(mixture.to(precise), onto=job.weight(precise)).to(job.compute)
+    return form(mixture.to(precise), onto=job.weight(held, precise)).to(job.compute)
 
 
 def _backward(
-    job: Job, mixture: Mixture, x: Tensor | None, dy: Tensor, want_x: bool, want: Sequence[bool]
+    job: Job,
+    mixture: Mixture,
+    held: Tensor | None,
+    x: Tensor | None,
+    dy: Tensor,
+    want_x: bool,
+    want: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx before the mask, and the gradients of (k, *factors); None where it is not wanted, x being None if none is."""
     count = len(job.plan.groups)
@@ -164,7 +194,7 @@ def _backward(
     want_b = want_factors[stored_a:] or [False] * count
     d_k, d_a, d_b = [], [], []
 
-    dx = dy @ _weight(job, mixture) if want_x and job.schedule.forward == "merged" else None
+    dx = dy @ _weight(job, mixture, held) if want_x and job.schedule.forward == "merged" else None
     sums = None if x is None else _Sums.of(job, mixture, x, dy)
     for index, group in enumerate(mixture.to(job.compute).groups()):
         half = None
@@ -174,7 +204,7 @@ def _backward(
                 part = through_second(group.transposed, half)
             else:
                 part = through(group.transposed, dy)
-            dx = part if dx is None else dx.add_(part)
+            dx = added(dx, part)
         if sums is None:
             continue
         exact = sums.groups[index]

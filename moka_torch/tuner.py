@@ -49,7 +49,9 @@ class MokaConfig(PeftConfig):
         shapes: explicit plans, {"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}; after `get_peft_model`
             the model's own copy of the config states the plan of every adapted layer here.
         target_modules: as in `moka_core.MokaConfig`; None takes q_proj and v_proj on a LLaMA-like model.
-        execution: as in `moka_core.MokaConfig`; adapter_config.json does not hold it.
+        execution: as in `moka_core.MokaConfig`; adapter_config.json does not hold it. It can be given when a folder is
+            loaded: `PeftModel.from_pretrained(model, folder, execution=...)`. PEFT passes it on neither from
+            `load_adapter` nor together with `config`: set it on that config, or `execution` on the layers.
         format_version: of the adapter folder.
         base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
         layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`. If it is there already,
@@ -120,6 +122,19 @@ class MokaConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """What stands in adapter_config.json: every field that says what the adapter is, not how it is computed."""
         return {key: value for key, value in super().to_dict().items() if key not in RUNTIME_FIELDS}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MokaConfig:
+        """The config in a folder or on the Hub; `execution` is the caller's, everything else the file's.
+
+        Raises:
+            ConfigError: a field is invalid, or a key of the file is unknown.
+        """
+        runtime = {key: kwargs.pop(key) for key in RUNTIME_FIELDS if key in kwargs}
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return dataclasses.replace(config, **{key: value for key, value in runtime.items() if value is not None})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -72,10 +72,11 @@ def oracle(case, seed, weight, bias, x, dy) -> dict[str, np.ndarray]:
     return {"y": y if bias is None else y + bias.detach().double().numpy(), **grads}
 
 
-def run(layer, x, dy) -> dict[str, torch.Tensor]:
+def run(layer, x, dy, call=None) -> dict[str, torch.Tensor]:
+    """y and the gradients of a layer, by a function that stands for it if one is given."""
     x.grad = None
     layer.zero_grad()
-    y = layer(x)
+    y = (layer if call is None else call)(x)
     y.backward(dy)
     return {"y": y.detach(), "x": x.grad, **{name: tensor.grad for name, tensor in layer.tensors("one").items()}}
 
@@ -157,6 +158,7 @@ def test_nothing_dense_is_kept():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             layer(x)
+        kept.pop(layer.base_layer.weight.data_ptr(), None)  # the 4-bit codes, which are there anyway
         large = [tensor for tensor in kept.values() if tensor.numel() > stored]
         assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()], execution
         assert sum(tensor.numel() for tensor in kept.values()) <= x.numel() + stored + 8 * case.plan.terms
@@ -309,6 +311,9 @@ def test_dropout_that_a_trainer_changes_in_place():
     dropped = nn.functional.dropout(x.detach().double(), 0.9)
     torch.manual_seed(0)
     assert relative((layer(x).double() - base).detach(), dropped.numpy() @ delta.T) <= 2e-6
+    layer.moka_dropout["one"].p = 1.0  # 1/(1 - p) would be infinite
+    with pytest.raises(ConfigError, match=r"dropout: expected 0 <= dropout < 1; got 1\.0"):
+        layer(x)
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -330,9 +335,12 @@ def test_merged_by_name_is_refused_where_it_cannot_be(load, settings):
             layer(x)
         layer.execution = None
         layer(x)
+        with pytest.raises(ConfigError, match="'merged' puts W"):
+            layer(x, execution="merged")
         layer.moka_config["one"] = dataclasses.replace(case.config, execution="merged")
         with pytest.raises(ConfigError, match="'merged' puts W"):
             layer(x)
+        layer(x, execution="factored")
 
     model = load()
     for block in model.model.layers:
@@ -352,6 +360,8 @@ def test_unknown_executions_are_refused(load, settings):
     layer.execution = "fast"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="execution: expected one of auto, factored, merged; got 'fast'"):
         layer(torch.randn(2, 64))
+    with pytest.raises(ConfigError, match="expected one of auto, factored, merged; got 'quick'"):
+        layer(torch.randn(2, 64), execution="quick")  # type: ignore[arg-type]
     for name, message in (("fast", "expected one of auto, factored, merged; got 'fast'"), ("dense", "in float64")):
         with pytest.raises(ConfigError, match=message):
             MokaConfig(execution=name)
@@ -359,20 +369,22 @@ def test_unknown_executions_are_refused(load, settings):
             attach(load(), settings, execution=name)  # type: ignore[arg-type]
 
 
-def test_execution_is_taken_from_the_config_and_overridden_by_the_layer(monkeypatch):
+def test_execution_is_the_calls_or_the_layers_or_the_configs(monkeypatch):
     case = CASES[0]
     counted = Counted(monkeypatch)
     assert plan_execution(case.plan, case.config, TOKENS, own_product=False).forward == "merged"
-    for config, attribute, products in (
-        ("auto", None, 0), ("merged", None, 0), ("factored", None, 1),
-        ("merged", "factored", 1), ("factored", "merged", 0), ("factored", "auto", 0),
+    for config, attribute, call, products in (
+        ("auto", None, None, 0), ("merged", None, None, 0), ("factored", None, None, 1),
+        ("merged", "factored", None, 1), ("factored", "merged", None, 0), ("factored", "auto", None, 0),
+        ("merged", None, "factored", 1), ("factored", "factored", "merged", 0), ("merged", "merged", "factored", 1),
     ):  # fmt: skip
         layer, _ = layer_of(case)
         layer.moka_config["one"] = dataclasses.replace(case.config, execution=config)
         layer.execution = attribute
         counted.products = 0
-        layer(batch(case)[0])
-        assert counted.products == products, (config, attribute)
+        layer(batch(case)[0], execution=call)
+        assert counted.products == products, (config, attribute, call)
+        assert layer.execution == attribute
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -416,7 +428,7 @@ def adapted(model) -> list[MokaLinear]:
 
 
 def test_a_base_weight_that_changes_before_the_backward_is_an_error_and_not_another_gradient():
-    """torch checks what it saved; W is not saved but decoded again, so the layer checks."""
+    """W is decoded again for the backward: from a tensor that torch has saved, and so checks."""
     case = CASES[0]
     layer, _ = layer_of(case)
     layer.execution = "merged"
@@ -424,7 +436,7 @@ def test_a_base_weight_that_changes_before_the_backward_is_an_error_and_not_anot
     y = layer(x)
     with torch.no_grad():
         layer.base_layer.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place between a forward and its backward"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     layer(x).sum().backward()
     assert x.grad is not None

@@ -165,6 +165,8 @@ def test_refusals():
     layer, _ = layer_of(case)
     with pytest.raises(ConfigError, match=r"adapter_names: .* got \['one', 'two'\]"):
         layer(torch.randn(2, 64), adapter_names=["one", "two"])
+    with pytest.raises(ConfigError, match=r"x: expected \(\.\.\., 64\); got \(4, 32\)"):
+        layer(torch.randn(4, 32), execution="merged")
     config = MokaConfig(r=1)
     with pytest.raises(ConfigError, match="adapter 'two': expected a plan for 64x64; got 8x8"):
         layer.update_layer("two", plan=plan_layer(config, 8, 8), config=config)

@@ -150,3 +150,21 @@ def test_errors():
         moka_apply(x, case.plan, case.config, factor_a, factor_b, None, execution="dense")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs gate_logits"):
         moka_apply(x, case.plan, case.config, factor_a, factor_b, None)
+
+
+def test_inputs_that_do_not_fit():
+    """Among them (4, 32) for 64 columns, whose numbers would make two rows."""
+    case = CASES[0]
+    _, arguments = tensors_of(random_layer(case), torch.float32)
+    x = torch.randn(4, 64)
+    for given, message in (
+        (x[:, :32], r"x: expected \(\.\.\., 64\); got \(4, 32\)"),
+        (x[0, 0], r"x: expected \(\.\.\., 64\); got \(\)"),
+        (x.long(), "x: expected a floating dtype; got torch.int64"),
+    ):
+        for execution in ("factored", "merged"):
+            with pytest.raises(ConfigError, match=message):
+                moka_apply(given, case.plan, case.config, *arguments, execution=execution)
+    for keep in (x, x[:1] > 0):
+        with pytest.raises(ConfigError, match=r"keep: expected bool of shape \(4, 64\); got torch\.(float32|bool) of"):
+            moka_apply(x, case.plan, case.config, *arguments, keep=keep)

@@ -12,7 +12,7 @@ import torch
 import moka_torch.product
 from moka_core.execution import Schedule
 from moka_core.oracle import dense_delta, dense_gradients
-from moka_torch.mixture import coefficients, moka_apply
+from moka_torch.mixture import coefficients, factored_apply, moka_apply
 from moka_torch.product import Job, moka_product
 from tests.cases import CASES, LayerCase, random_layer
 from tests.moka_torch.tolerances import BFLOAT16, BFLOAT16_ONCE, FLOAT32, FLOAT32_LARGE, FLOAT64, relative
@@ -84,6 +84,7 @@ class Problem:
             [tensor for name, tensor in named.items() if name.startswith("factor_a")],
             [tensor for name, tensor in named.items() if name.startswith("factor_b")],
             keep=None if self.keep is None else torch.tensor(self.keep),
+            held=None if self.weight is None else torch.tensor(self.weight),
             bias=named.get("bias"),
         )
         assert y.dtype == dtype
@@ -93,7 +94,7 @@ class Problem:
     def job(self, way, dtype=torch.float32) -> Job:
         forward, gradient, first = way
         schedule = Schedule(forward=forward, gradient=gradient, first=(first,) * len(self.plan.groups))
-        weight = None if self.weight is None else lambda dtype: torch.tensor(self.weight, dtype=dtype)
+        weight = None if self.weight is None else lambda held, dtype: held.to(dtype, copy=True)
         return Job(self.plan, self.config.identity, schedule, dtype, weight)
 
 
@@ -254,6 +255,51 @@ def test_function_transforms():
                 assert relative(one.sum(0), other) <= FLOAT64
 
 
+@pytest.mark.parametrize("name", ["unequal copies", "identity b, two blocks, uniform"])
+def test_vmap_over_one_tensor_alone(name):
+    """Any tensor may have the axis, W too: y and all gradients as from one call after the other."""
+    case = next(case for case in CASES if case.name == name)
+    problem = Problem(case, 0, base=True)
+    for way in (("factored", "factored", "a"), ("merged", "merged", "b")):
+        job = problem.job(way, torch.float64)
+        job = job if way[0] == "merged" else job._replace(weight=None)
+        k = torch.arange(1.0, 1 + case.plan.terms).double()
+        named = {"x": torch.tensor(problem.x[:2]).double(), "k": k}
+        named |= {name: torch.tensor(array).double() for name, array in problem.layer.tensors() if name[0] == "f"}
+        named |= {"W": torch.tensor(problem.weight).double()} if way[0] == "merged" else {}
+
+        def loss(*tensors, names=tuple(named), job=job):
+            given = dict(zip(names, tensors, strict=True))
+            return (moka_product(job, given["x"], given["k"], *factors_of(given), held=given.get("W")) ** 2).sum()
+
+        both = torch.func.grad_and_value(loss, argnums=tuple(range(len(named))))
+        alone = both(*named.values())
+        for changed, tensor in named.items():
+            dims = tuple(0 if name == changed else None for name in named)
+            given = {**named, changed: torch.stack([tensor, 0.5 * tensor + 0.1])}
+            found = torch.func.vmap(both, in_dims=dims)(*given.values())
+            given[changed] = given[changed][1]
+            for sample, (grads, value) in enumerate((alone, both(*given.values()))):
+                assert relative(found[1][sample], value) <= FLOAT64, changed
+                for one, other in zip(found[0], grads, strict=True):
+                    assert relative(one[sample], other) <= FLOAT64, changed
+
+
+def test_forward_mode_is_refused_here_and_there_step_by_step():
+    case = next(case for case in CASES if case.name == "unequal copies")
+    named = {name: torch.tensor(array).double() for name, array in random_layer(case).tensors()}
+    x, v = (torch.randn(2, case.in_features, generator=torch.Generator().manual_seed(n)).double() for n in range(2))
+
+    def of(apply):
+        return lambda x: apply(x, case.plan, case.config, *factors_of(named), named["gate_logits"])
+
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(of(moka_apply), (x,), (v,))
+    y, along = torch.func.jvp(of(factored_apply), (x,), (v,))
+    assert relative(y, of(moka_apply)(x)) <= FLOAT64
+    assert relative(along, of(moka_apply)(v)) <= FLOAT64
+
+
 @pytest.mark.parametrize("way", SCHEDULES, ids="-".join)
 def test_bfloat16_input_with_a_float32_adapter(way):
     """x and dy in bfloat16, the adapter in float32: as close as in float32, but for dx, which is rounded once."""
@@ -312,3 +358,6 @@ def test_a_base_weight_needs_one_product():
     problem.keep = problem.x > 0
     with pytest.raises(ValueError, match="nothing is dropped"):
         problem.found(("merged", "factored", "b"))
+    job = problem.job(("merged", "factored", "b"))
+    with pytest.raises(ValueError, match="given together"):
+        moka_product(job, torch.tensor(problem.x), torch.ones(problem.plan.terms), [], [])

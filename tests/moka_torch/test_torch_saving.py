@@ -11,9 +11,9 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import moka_core
-from moka_core import AdapterError, plan_model
+from moka_core import AdapterError, ConfigError, plan_model
 from moka_core.adapter import expected_tensors
-from moka_torch import export_adapter, import_adapter
+from moka_torch import MokaConfig, MokaLinear, export_adapter, import_adapter
 from tests.moka_torch.conftest import logits, random_adapter
 from tests.moka_torch.test_torch_tuner import linear_dims
 
@@ -61,6 +61,16 @@ def test_save_and_load(load, config, bits, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     cheap = PeftModel.from_pretrained(load(bits), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
     assert torch.equal(logits(cheap.eval()), expected)
+
+
+def test_execution_is_given_when_a_folder_is_loaded(load, folder):
+    model = PeftModel.from_pretrained(load(), folder, execution="merged")
+    layers = [module for module in model.modules() if isinstance(module, MokaLinear)]
+    assert {layer.moka_config["default"].execution for layer in layers} == {"merged"}
+    assert model.peft_config["default"].execution == "merged"
+    with pytest.raises(ConfigError, match="execution: expected one of auto, factored, merged; got 'fast'"):
+        MokaConfig.from_pretrained(folder, execution="fast")
+    assert MokaConfig.from_pretrained(folder, execution=None).execution == "auto"
 
 
 def test_a_bfloat16_file_is_loaded_value_for_value(load, folder):
