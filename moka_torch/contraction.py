@@ -69,19 +69,22 @@ class Group(NamedTuple):
 def form(mixture: Mixture, onto: Tensor | None = None) -> Tensor:
     """ΔW, (out, in), in the mixture's dtype; or `onto` + ΔW, written into `onto`, which is contiguous.
 
-    Per group one product with inner dimension `copies`:
-    ΔW[p·b_out + i, q·b_in + j] = Σ_c k_c A[c, p, q] B[c, i, j]. A fixed identity is not multiplied by: its
-    group is the one block Σ_c k_c B_c, laid on the diagonal.
+    ΔW[p·b_out + i, q·b_in + j] = Σ_c k_c A[c, p, q] B[c, i, j], elementwise, term by term: a product with inner
+    dimension `copies` would write the terms in another order, and then copy them. A fixed identity is not multiplied
+    by: its group is the one block Σ_c k_c B_c, laid on the diagonal.
     """
     out, in_ = mixture.plan.out_features, mixture.plan.in_features
     total = onto
     for _, k, a, b in mixture.groups():
         if a is not None and b is not None:
-            copies, a_out, a_in = a.shape
-            _, b_out, b_in = b.shape
-            product = _scaled(k, a).reshape(copies, -1).T @ b.reshape(copies, -1)
-            blocks = product.reshape(a_out, a_in, b_out, b_in).transpose(1, 2)
-            total = added(None if total is None else total.view(blocks.shape), blocks).reshape(out, in_)
+            for left, right in zip(_scaled(k, a)[:, :, None, :, None], b[:, None, :, None, :], strict=True):
+                if total is None:
+                    total = left * right
+                else:
+                    total = total.view(left.shape[0], right.shape[1], left.shape[2], right.shape[3])
+                    total = (torch.addcmul if _transformed() else Tensor.addcmul_)(total, left, right)
+            assert total is not None  # a group has at least one term
+            total = total.view(out, in_)
             continue
         block = block_of(k, b if a is None else a)
         rows, columns = block.shape
