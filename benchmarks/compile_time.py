@@ -118,7 +118,7 @@ def _markdown(result: dict[str, Any], cases: list[tuple[str, int]]) -> str:
             f"{result['batch']} x {result['length']} tokens, with recomputation; median (least–greatest) of fresh "
             "compiles.",
             "",
-            table(["variant", "layers", "compiling", f"to {least} layers", "tracing and lowering"], rows),
+            table(["variant", "layers", "compiling", f"ratio to {least}", "tracing and lowering"], rows),
             "",
         ]
     )

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -141,6 +142,11 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def numbers(text: str) -> list[int]:
+    """The same of whole numbers."""
+    return [int(word) for word in words(text)]
+
+
 @contextlib.contextmanager
 def settled(arguments: argparse.Namespace) -> Iterator[None]:
     """Resolve `device` and `dtype`, and set up the frameworks for them; enter it before any array exists.
@@ -203,6 +209,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "commit": _commit(),
         "gpu": _gpu_name() if arguments.device == "gpu" else None,
         "device": arguments.device,
         "dtype": arguments.dtype,
@@ -221,7 +228,8 @@ def describe(environment: Mapping[str, Any]) -> str:
     if environment["gpu"]:
         hardware = f"{environment['gpu']} ({hardware})"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"{hardware}; {environment['dtype']}. {versions}."
+    commit = f" Commit {environment['commit']}." if environment["commit"] else ""
+    return f"{hardware}; {environment['dtype']}. {versions}.{commit}"
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -273,6 +281,15 @@ def write_results(folder: Path, name: str, result: Mapping[str, Any], markdown: 
 def note(text: str) -> None:
     """Progress, apart from the table."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with "-dirty" if files were changed since; None outside of a clone."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_name() -> str:

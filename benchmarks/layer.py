@@ -21,6 +21,7 @@ from benchmarks.harness import (
     file_name,
     interleave,
     note,
+    numbers,
     seconds_cell,
     settled,
     table,
@@ -198,7 +199,7 @@ def _tables(cases: list[dict[str, Any]], framework: str) -> list[str]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=words, help=", ".join(SHAPES))
-    parser.add_argument("--tokens", type=lambda text: [int(word) for word in words(text)])
+    parser.add_argument("--tokens", type=numbers)
     parser.add_argument("--repeats", type=int, help="samples of each variant; by default more for small sizes")
     add_options(parser)
     arguments = parser.parse_args(argv)

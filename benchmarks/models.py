@@ -77,8 +77,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """One of --base, --random and --quick must be there."""
+    """Exactly one of --base, --random and --quick must be there."""
     if arguments.quick:
+        if arguments.base is not None or arguments.random is not None:
+            parser.error("--quick has a tiny model of its own: expected no --base and no --random beside it")
         arguments.batch, arguments.length = 2, 16
     elif arguments.base is None and arguments.random is None:
         parser.error("expected --base FOLDER, --random NAME or --quick")

@@ -136,21 +136,23 @@ def _markdown(result: dict[str, Any], speed: Speed) -> str:
             columns["ratio_to_lora_qv"],
             columns["ratio_to_peft_qlora_qv"],
             seconds_cell(result["variants"].get(name)),
+            len(result["variants"].get(name, {}).get("samples", [])),
             f"{columns['tokens_per_second']:.0f}",
             columns["share_of_roofline"],
         ]
         for name, columns in result["columns"].items()
     ]
-    headers = ["variant", "to frozen base", "to LoRA q,v", "to PEFT QLoRA q,v", "median (least–greatest)", "tokens/s"]
+    headers = ["variant", "to frozen base", "to LoRA q,v", "to PEFT QLoRA q,v"]
+    headers += ["median (least–greatest)", "rounds", "tokens/s", "share of roofline"]
     lines = [
         f"# A training step of {result['model']}",
         "",
         describe(result["environment"]),
         "",
         f"{result['batch']} x {result['length']} tokens, base in NF4 (doubly quantised), {remat} recomputation of the "
-        "layers in the backward. The first two ratios are within a framework.",
+        "layers in the backward. The first two ratios are within a framework; the third is to PEFT's step of the run.",
         "",
-        table([*headers, "share of roofline"], rows),
+        table(headers, rows),
         "",
         f"{speed.describe()} The frozen base's step needs {needed['flops'] / 1e9:.4g} GFLOP and "
         f"{needed['bytes'] / 1e9:.3g} GB (recomputation counted), {needed['seconds']:.3g} s at these speeds; the share "

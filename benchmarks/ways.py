@@ -9,6 +9,7 @@ is taken off), and the factors' gradient, from halves or from G = dyᵀ x.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.harness import (
     file_name,
     interleave,
     note,
+    numbers,
     settled,
     table,
     words,
@@ -122,8 +124,8 @@ def _markdown(result: dict[str, Any]) -> str:
             "",
             table(head, rows),
             "",
-            f"The model takes the faster way in {sum(time <= 0 for time in lost)} of {len(lost)} choices; the others "
-            f"lose up to {max(lost):.2f} of a base product.",
+            f"The model takes the faster way in {sum(time <= 0 for time in lost)} of {len(lost)} choices, and loses "
+            f"{max(lost):.2f} of a base product where it is most wrong.",
         ]
     )
 
@@ -131,11 +133,14 @@ def _markdown(result: dict[str, Any]) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=words)
-    parser.add_argument("--tokens", type=lambda text: [int(word) for word in words(text)])
+    parser.add_argument("--tokens", type=numbers)
     parser.add_argument("--repeats", type=int, default=5)
     add_options(parser, frameworks=False, variants=False)
     arguments = parser.parse_args(argv)
     arguments.shapes = arguments.shapes or (["12x24"] if arguments.quick else list(SHAPES))
+    wrong = [shape for shape in arguments.shapes if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)]
+    if wrong:
+        parser.error(f"--shapes: expected OUTxIN such as 576x576; got {', '.join(wrong)}")
     arguments.tokens = arguments.tokens or ([16] if arguments.quick else list(TOKENS))
     return arguments
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
 from moka_core.config import check_keys, plans_from_dict
-from moka_core.execution import costs, plan_execution
+from moka_core.execution import EXECUTIONS, costs, plan_execution
 from moka_core.plan import lora_parameters
 
 LORA_RANK = 32
@@ -151,8 +151,11 @@ def _print_execution(console: Console, config: MokaConfig, rows: list[dict[str, 
             f"{row['added']:.0%}",
         )
     console.print(
-        f"How it is computed: execution {config.execution!r}; set another with --set execution=merged.\n"
-        "gradient: of the factors, from halves or from dyᵀx; added: predicted time of the mixture, as a share of the "
-        "frozen layer's forward and backward"
+        f"How each of these layers is computed: execution {config.execution!r} (--set execution=NAME takes "
+        f"{', '.join(EXECUTIONS)}).\n"
+        'tokens: batch x length. forward: factored, two small products a shape; merged, ΔW is formed and, "into W", '
+        "added to the frozen weight. gradient of the factors: from half products, or from dyᵀx.\n"
+        "added: the mixture's predicted time over that of this frozen layer alone, forward and backward; the other "
+        "layers of a model add nothing. A prediction can be off several times over; those for a gpu were not measured."
     )
     console.print(table)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model
+from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model, preset
 from moka_core.adapter import raise_problems
 from moka_core.execution import Execution
-from moka_jax.linear import MokaLinear, frozen_arrays, is_plain
+from moka_jax.linear import MokaLinear, frozen_arrays, own_ways
 from moka_jax.nf4 import Nf4Linear, frozen_weight
 from moka_jax.stack import Stack
 
@@ -68,7 +68,9 @@ def linear_sites(model: nnx.Module) -> list[Site]:
     return sorted(sites, key=lambda site: tuple(map(str, site.path)))
 
 
-def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: Execution | None = None) -> nnx.Module:
+def attach(
+    model: nnx.Module, config: MokaConfig | str, *, seed: int = 0, execution: Execution | None = None
+) -> nnx.Module:
     """The model with a `MokaLinear` in place of every targeted linear layer; changed in place, and returned.
 
     y = W x becomes y = W x + ΔW x, with ΔW = 0 at the start. `config.dropout` acts where `with_dropout_key` has set
@@ -76,7 +78,7 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
 
     Args:
         model: any NNX model; its `nnx.Linear` and `Nf4Linear` layers can be targets.
-        config: the adapter's settings.
+        config: the adapter's settings, or the name of a preset.
         seed: draws the factors that do not start at zero.
         execution: see `MokaLinear`; None takes `config.execution`.
 
@@ -84,6 +86,8 @@ def attach(model: nnx.Module, config: MokaConfig, *, seed: int = 0, execution: E
         TargetError: a target matches no layer, only some layers of a stack, or a layer that cannot be replaced.
         ConfigError: the model is adapted already, or a shape does not fit, or the execution is unknown.
     """
+    if isinstance(config, str):
+        config = preset(config, getattr(model, "architecture", None))
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
@@ -173,11 +177,11 @@ def merge(model: nnx.Module) -> nnx.Module:
     sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
     if not sites:
         raise AdapterError("merge: this model has no adapter; attach one, or import one, first")
-    special = [_dotted(site.path) for site in sites if not is_plain(site.base)]
+    special = [f"{_dotted(site.path)} ({', '.join(ways)})" for site in sites if (ways := own_ways(site.base))]
     if special:
         raise AdapterError(
-            f"merge: {', '.join(special)} multiplies in a way of its own (dot_general, precision, "
-            "preferred_element_type or promote_dtype), which a merged weight would not keep; use the adapter unmerged"
+            f"merge: {', '.join(special)} multiplies in a way of its own, which a merged weight would not keep; use "
+            "the adapter unmerged"
         )
     for site in sites:
         assert isinstance(site.module, MokaLinear)

@@ -105,7 +105,7 @@ class MokaLinear(nnx.Module):
         """How a call with this many tokens is computed, and whether ΔW is added to the base's weight there."""
         execution = self.execution if execution is None else execution
         _check_execution(execution, self.base)
-        plain = is_plain(self.base) and self.dropout_key is None
+        plain = not own_ways(self.base) and self.dropout_key is None
         schedule = plan_execution(
             self.plan,
             self.config,
@@ -151,16 +151,17 @@ class MokaLinear(nnx.Module):
         return Mixture(coefficients(self.plan, self.config, gate), factor_a, factor_b)
 
 
-def is_plain(base: nnx.Linear | Nf4Linear) -> bool:
-    """Whether a base layer computes just x Wᵀ + b, so that a merged weight can take its place."""
+def own_ways(base: nnx.Linear | Nf4Linear) -> list[str]:
+    """The settings by which a base layer computes more than x Wᵀ + b; without any, a merged weight can serve it."""
     if isinstance(base, Nf4Linear):
-        return True
-    changed = (
-        base.dot_general is not jax.lax.dot_general,
-        base.precision is not None,
-        getattr(base, "preferred_element_type", None) is not None,
-    )
-    return not any(changed) and base.promote_dtype is nnx.nn.dtypes.promote_dtype
+        return []
+    changed = {
+        "dot_general": base.dot_general is not jax.lax.dot_general,
+        "precision": base.precision is not None,
+        "preferred_element_type": getattr(base, "preferred_element_type", None) is not None,
+        "promote_dtype": base.promote_dtype is not nnx.nn.dtypes.promote_dtype,
+    }
+    return [name for name, is_set in changed.items() if is_set]
 
 
 def frozen_arrays(base: nnx.Linear | Nf4Linear) -> tuple[Frozen, jax.Array | None]:
@@ -170,11 +171,10 @@ def frozen_arrays(base: nnx.Linear | Nf4Linear) -> tuple[Frozen, jax.Array | Non
 
 
 def _check_execution(execution: Execution, base: nnx.Linear | Nf4Linear) -> None:
-    if check_execution(execution) == "merged" and not is_plain(base):
+    if check_execution(execution) == "merged" and (ways := own_ways(base)):
         raise ConfigError(
             "execution: 'merged' puts W + ΔW in the place of W, but this base layer multiplies in a way of its own "
-            "(dot_general, precision, preferred_element_type or promote_dtype), which that would pass by; use "
-            "'factored' or 'auto'"
+            f"({', '.join(ways)}), which that would pass by; use 'factored' or 'auto'"
         )
 
 

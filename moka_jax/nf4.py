@@ -55,9 +55,11 @@ Frozen = Mapping[str, jax.Array]
 
 def frozen_weight(arrays: Frozen, shape: tuple[int, int]) -> jax.Array:
     """The weight of shape (out, in), decoded if it is packed."""
-    if "kernel" in arrays:
-        return arrays["kernel"].T
+    return arrays["kernel"].T if "kernel" in arrays else _decoded(dict(arrays), shape)
 
+
+@partial(jax.jit, static_argnames="shape")
+def _decoded(arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     def decode() -> jax.Array:
         scales = arrays["absmax"]
         if "nested_absmax" in arrays:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moka_core import LayerPlan, MokaConfig
 from moka_core.errors import AdapterError, ConfigError
-from moka_core.execution import Execution
+from moka_core.execution import Execution, check_execution
 from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
 from moka_torch.exactness import refuse_repacked
 from moka_torch.mixture import backend_of, coefficients, delta_weight, moka_apply, schedule_for
@@ -68,11 +68,20 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
-        self.execution: Execution | None = None
+        self._execution: Execution | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, plan=plan, config=config)
+
+    @property
+    def execution(self) -> Execution | None:
+        """Of every forward of this layer that is given none; None takes that of the adapter's config."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution | None) -> None:
+        self._execution = None if execution is None else check_execution(execution)
 
     def update_layer(
         self, adapter_name: str, *, plan: LayerPlan, config: MokaConfig, inference_mode: bool = False

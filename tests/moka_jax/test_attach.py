@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moka_core import AdapterError, ConfigError, TargetError
+from moka_core import AdapterError, ConfigError, TargetError, preset
 from moka_core.oracle import dense_delta
 from moka_jax import (
     MokaLinear,
@@ -71,6 +71,14 @@ def test_the_start_is_the_base(which):
     expected = run(make(), inputs)
     found = run(attach(make(), config, execution="factored"), inputs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_preset_is_attached_by_its_name():
+    model = tiny_llama()
+    by_name = export_adapter(attach(model, "paper-s"))
+    assert_same_adapter(by_name, export_adapter(attach(tiny_llama(), preset("paper-s", model.architecture))))
+    with pytest.raises(ConfigError, match="preset"):
+        attach(tiny_llama(), "papr")
 
 
 @each_model

@@ -357,9 +357,9 @@ def test_merged_by_name_is_refused_where_it_cannot_be(load, settings):
 
 def test_unknown_executions_are_refused(load, settings):
     layer, _ = layer_of(CASES[0])
-    layer.execution = "fast"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="execution: expected one of auto, factored, merged; got 'fast'"):
-        layer(torch.randn(2, 64))
+        layer.execution = "fast"  # type: ignore[assignment]
+    assert layer.execution is None
     with pytest.raises(ConfigError, match="expected one of auto, factored, merged; got 'quick'"):
         layer(torch.randn(2, 64), execution="quick")  # type: ignore[arg-type]
     for name, message in (("fast", "expected one of auto, factored, merged; got 'fast'"), ("dense", "in float64")):
