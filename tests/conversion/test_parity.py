@@ -114,8 +114,12 @@ def missing_scale(monkeypatch):
 
 
 def low_nibble_first(monkeypatch):
-    right = moka_jax.nf4.decode_nf4
-    monkeypatch.setattr(moka_jax.nf4, "decode_nf4", lambda codes, *rest: right((codes << 4) | (codes >> 4), *rest))
+    right = moka_jax.nf4._decoded
+
+    def wrong(arrays, shape):
+        return right(arrays | {"codes": (arrays["codes"] << 4) | (arrays["codes"] >> 4)}, shape)
+
+    monkeypatch.setattr(moka_jax.nf4, "_decoded", wrong)
 
 
 MIXTURE_STAGES = {"ΔW, JAX, against float64", "logits", "gradients"}
