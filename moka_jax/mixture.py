@@ -11,7 +11,7 @@ import numpy as np
 from moka_core import ConfigError, LayerPlan, MokaConfig, ShapeGroup
 from moka_core.config import Factor, Identity
 from moka_core.oracle import stable_factor
-from moka_jax.nf4 import axes
+from moka_jax.contraction import axes
 
 
 def coefficients(plan: LayerPlan, config: MokaConfig, gate_logits: jax.Array | None) -> list[jax.Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from flax import nnx
 
 from moka_core import ModelError, Nf4Weight
 from moka_core.nf4 import BLOCK, NESTED_BLOCK, NF4_LEVELS, NestedScales
+from moka_jax.contraction import as_cotangent, project, weight_gradient
 
 
 class FrozenWeight(nnx.Variable):
@@ -55,11 +55,13 @@ Frozen = Mapping[str, jax.Array]
 
 def frozen_weight(arrays: Frozen, shape: tuple[int, int]) -> jax.Array:
     """The weight of shape (out, in), decoded if it is packed."""
-    return arrays["kernel"].T if "kernel" in arrays else _decoded(dict(arrays), shape)
+    return arrays["kernel"].T if "kernel" in arrays else decoded_weight(dict(arrays), shape)
 
 
 @partial(jax.jit, static_argnames="shape")
-def _decoded(arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+def decoded_weight(arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """The weight of shape (out, in) that the arrays of an `Nf4Linear` hold, float32."""
+
     def decode() -> jax.Array:
         scales = arrays["absmax"]
         if "nested_absmax" in arrays:
@@ -76,7 +78,7 @@ def _decoded(arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
 
 
 def _product(shape: tuple[int, int], x: jax.Array, arrays: Frozen) -> jax.Array:
-    return project(x, frozen_weight(arrays, shape), None)
+    return project(x, frozen_weight(arrays, shape))
 
 
 def _forward(shape: tuple[int, int], x: jax.Array, arrays: Frozen) -> tuple[jax.Array, Any]:
@@ -176,45 +178,3 @@ class Nf4Linear(nnx.Module):
             )
         shape = (self.out_features, self.in_features)
         return Nf4Weight(shape=shape, codes=take(self.codes).reshape(-1), scales=scales, dtype=self.packed_from)
-
-
-def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x Wᵀ + b with W (out, in) cast to the dtype of x."""
-    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
-    return y if bias is None else y + bias.astype(x.dtype)
-
-
-def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """G = dyᵀ x, (out, in), the gradient of the weight in y = x Wᵀ; in float32 at least."""
-    lead = axes(x)
-    return sum_over_tokens(f"{lead}o,{lead}i->oi", dy, x)
-
-
-def sum_over_tokens(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """An einsum that sums the tokens, in float32 at least; whole on every device of a mesh with explicit axes."""
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = jax.NamedSharding(mesh, jax.P()) if mesh.explicit_axes else None
-    return jnp.einsum(formula, left, right, preferred_element_type=wide, out_sharding=whole)
-
-
-def as_cotangent(gradient: jax.Array, primal: jax.Array) -> jax.Array:
-    """The gradient with the type of its primal: summed over the axes of a `shard_map` along which only the gradient
-    varies, and sharded alike on a mesh with explicit axes."""
-    over = _varying(gradient) - _varying(primal)
-    if over:
-        gradient = jax.lax.psum(gradient, tuple(sorted(over)))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.explicit_axes:
-        gradient = jax.reshard(gradient, jax.NamedSharding(mesh, jax.typeof(primal).sharding.spec))
-    return gradient
-
-
-def _varying(array: jax.Array) -> frozenset[str]:
-    kind: Any = jax.typeof(array)
-    return kind.manual_axis_type.varying
-
-
-def axes(x: jax.Array, own: int = 1) -> str:
-    """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
-    return ("stuvwxyz" + string.ascii_uppercase)[: x.ndim - own]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moka_core import ConfigError, LayerPlan, MokaConfig, ShapeGroup
 from moka_core.config import Factor, Identity
 from moka_core.execution import Execution, Schedule, plan_execution
+from moka_jax.contraction import as_cotangent, axes, project, sum_over_tokens, weight_gradient
 from moka_jax.mixture import (
     apply_factored,
     coefficients,
@@ -23,7 +24,7 @@ from moka_jax.mixture import (
     half_product,
     weighted_sum,
 )
-from moka_jax.nf4 import Frozen, as_cotangent, axes, frozen_weight, project, sum_over_tokens, weight_gradient
+from moka_jax.nf4 import Frozen, frozen_weight
 
 
 class Mixture(NamedTuple):
@@ -112,7 +113,7 @@ def _product(
     if schedule.forward == "factored":
         assert base is None
         return apply_factored(dropped, plan, identity, schedule.first, *mixture)
-    return project(dropped, _merged_weight(statics, base, mixture), None)
+    return project(dropped, _merged_weight(statics, base, mixture))
 
 
 def _forward(statics: Statics, x: Any, keep: Any, base: Any, mixture: Mixture) -> tuple[jax.Array, Any]:

@@ -114,12 +114,12 @@ def missing_scale(monkeypatch):
 
 
 def low_nibble_first(monkeypatch):
-    right = moka_jax.nf4._decoded
+    right = moka_jax.nf4.decoded_weight
 
     def wrong(arrays, shape):
         return right(arrays | {"codes": (arrays["codes"] << 4) | (arrays["codes"] >> 4)}, shape)
 
-    monkeypatch.setattr(moka_jax.nf4, "_decoded", wrong)
+    monkeypatch.setattr(moka_jax.nf4, "decoded_weight", wrong)
 
 
 MIXTURE_STAGES = {"ΔW, JAX, against float64", "logits", "gradients"}
