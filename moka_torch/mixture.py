@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from moka_core import LayerPlan, MokaConfig
-from moka_core.config import Factor
 from moka_core.errors import ConfigError
 from moka_core.execution import Execution, Schedule, first_factor, plan_execution
 from moka_core.oracle import stable_factor
-from moka_torch.contraction import Mixture, form, through
+from moka_torch.contraction import Mixture, form
 from moka_torch.product import Job, compute_dtype, moka_product, sum_dtype
 
 # asked for in every forward of every layer, with few different answers
@@ -75,38 +74,10 @@ def delta_weight(
         factor_b: per group (copies, b_out, b_in); empty if `config.identity` is "b".
         gate_logits: (terms,), or None for a uniform gate.
     """
-    return form(_mixture(plan, config, factor_a, factor_b, gate_logits, first=None))
-
-
-def factored_apply(
-    x: Tensor,
-    plan: LayerPlan,
-    config: MokaConfig,
-    factor_a: Sequence[Tensor],
-    factor_b: Sequence[Tensor],
-    gate_logits: Tensor | None,
-    *,
-    first: Sequence[Factor] | None = None,
-) -> Tensor:
-    """x ΔWᵀ, (..., out), without ΔW, by operations that torch differentiates one by one; `moka_apply` keeps less.
-
-    Per group, with each row of x reshaped to X (a_in, b_in), two matrix products: H = X Bᵀ for all copies
-    at once, (a_in, copies·b_out); then Σ_c k_c A_c H_c as one product over a_in and the copies together. Or
-    H = A X first, and then Σ_c H_c (k_c B_c)ᵀ. With a fixed identity one product is left: X (Σ_c k_c B_c)ᵀ, or
-    (Σ_c k_c A_c) X.
-
-    Args:
-        x: (..., in), in the factors' dtype.
-        first: for each group, the factor that meets x first; by `moka_core.execution.first_factor` if None.
-    """
-    mixture = _mixture(plan, config, factor_a, factor_b, gate_logits, first)
-    flat = x.reshape(-1, plan.in_features)
-    total: Tensor | None = None
-    for group in mixture.groups():
-        part = through(group, flat)
-        total = part if total is None else total + part
-    assert total is not None  # a plan has at least one group
-    return total.reshape(*x.shape[:-1], plan.out_features)
+    stored = _stored(factor_a, factor_b)
+    weights = coefficients(plan, config, gate_logits, dtype=stored.dtype, device=stored.device)
+    first = tuple(first_factor(group.shape) for group in plan.groups)
+    return form(Mixture(plan, config.identity, first, weights, tuple(factor_a), tuple(factor_b)))
 
 
 def moka_apply(
@@ -123,7 +94,7 @@ def moka_apply(
     """dropout(x) ΔWᵀ, (..., out), differentiable in x, the factors and the logits in reverse mode.
 
     Kept for the backward are x as it is, the factors, their coefficients and `keep`; see `moka_torch.product`.
-    Forward mode (`torch.func.jvp`, `jacfwd`) raises NotImplementedError here; `factored_apply` has it.
+    Forward mode (`torch.func.jvp`, `jacfwd`) raises NotImplementedError here; x times `delta_weight` transposed has it.
 
     Args:
         x: (..., in); it is multiplied in the factors' dtype, or in autocast's, as by `nn.functional.linear`.
@@ -162,20 +133,6 @@ def moka_apply(
 def backend_of(tensor: Tensor) -> str:
     """The name under which `moka_core.execution` prices a tensor's device."""
     return "cpu" if tensor.device.type == "cpu" else "gpu"
-
-
-def _mixture(
-    plan: LayerPlan,
-    config: MokaConfig,
-    factor_a: Sequence[Tensor],
-    factor_b: Sequence[Tensor],
-    gate_logits: Tensor | None,
-    first: Sequence[Factor] | None,
-) -> Mixture:
-    stored = _stored(factor_a, factor_b)
-    weights = coefficients(plan, config, gate_logits, dtype=stored.dtype, device=stored.device)
-    order = tuple(first_factor(group.shape) for group in plan.groups) if first is None else tuple(first)
-    return Mixture(plan, config.identity, order, weights, tuple(factor_a), tuple(factor_b))
 
 
 def _stored(factor_a: Sequence[Tensor], factor_b: Sequence[Tensor]) -> Tensor:

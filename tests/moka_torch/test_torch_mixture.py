@@ -11,7 +11,7 @@ import torch
 from moka_core import ConfigError, MokaConfig, plan_layer
 from moka_core.execution import EXECUTIONS
 from moka_core.oracle import dense_delta, dense_gradients, term_coefficients
-from moka_torch.mixture import coefficients, delta_weight, factored_apply, moka_apply, schedule_for
+from moka_torch.mixture import coefficients, delta_weight, moka_apply, schedule_for
 from tests.cases import CASES, random_layer
 from tests.moka_torch.tolerances import FLOAT32, FLOAT64, relative
 
@@ -53,9 +53,8 @@ def test_forward_and_gradients_match_the_oracle(case, execution, dtype):
         assert relative(found[name], array) <= (FLOAT32 if dtype == torch.float32 else FLOAT64), name
 
 
-@pytest.mark.parametrize("first", ["a", "b", None])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_factored_apply_and_delta_weight_are_differentiable_step_by_step(case, first):
+def test_delta_weight_is_differentiable_step_by_step(case):
     layer, config = random_layer(case, seed=1), case.config
     rng = np.random.default_rng(2)
     x = rng.standard_normal((TOKENS, case.in_features))
@@ -63,18 +62,13 @@ def test_factored_apply_and_delta_weight_are_differentiable_step_by_step(case, f
     expected = {"y": x @ dense_delta(layer, config).T, **dense_gradients(layer, config, x, dy)}
     if layer.plan.terms == 1:
         del expected["gate_logits"]
-    order = None if first is None else [first] * len(layer.plan.groups)
-    for execution in ("factored", "merged"):
-        named, arguments = tensors_of(layer, torch.float64, requires_grad=True)
-        given = torch.tensor(x, requires_grad=True)
-        if execution == "factored":
-            y = factored_apply(given, layer.plan, config, *arguments, first=order)
-        else:
-            y = given @ delta_weight(layer.plan, config, *arguments).T
-        y.backward(torch.tensor(dy))
-        found = {"y": y.detach(), "x": given.grad, **{name: tensor.grad for name, tensor in named.items()}}
-        for name, array in expected.items():
-            assert relative(found[name], array) <= FLOAT64, (execution, name)
+    named, arguments = tensors_of(layer, torch.float64, requires_grad=True)
+    given = torch.tensor(x, requires_grad=True)
+    y = given @ delta_weight(layer.plan, config, *arguments).T
+    y.backward(torch.tensor(dy))
+    found = {"y": y.detach(), "x": given.grad, **{name: tensor.grad for name, tensor in named.items()}}
+    for name, array in expected.items():
+        assert relative(found[name], array) <= FLOAT64, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

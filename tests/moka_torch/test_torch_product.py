@@ -12,7 +12,7 @@ import torch
 import moka_torch.product
 from moka_core.execution import Schedule
 from moka_core.oracle import dense_delta, dense_gradients
-from moka_torch.mixture import coefficients, factored_apply, moka_apply
+from moka_torch.mixture import coefficients, delta_weight, moka_apply
 from moka_torch.product import Job, moka_product
 from tests.cases import CASES, LayerCase, random_layer
 from tests.moka_torch.tolerances import BFLOAT16, BFLOAT16_ONCE, FLOAT32, FLOAT32_LARGE, FLOAT64, relative
@@ -285,19 +285,25 @@ def test_vmap_over_one_tensor_alone(name):
                     assert relative(one[sample], other) <= FLOAT64, changed
 
 
-def test_forward_mode_is_refused_here_and_there_step_by_step():
+def test_forward_mode_is_refused_and_through_delta_weight_there_is_one():
     case = next(case for case in CASES if case.name == "unequal copies")
     named = {name: torch.tensor(array).double() for name, array in random_layer(case).tensors()}
-    x, v = (torch.randn(2, case.in_features, generator=torch.Generator().manual_seed(n)).double() for n in range(2))
+    x = torch.randn(2, case.in_features, generator=torch.Generator().manual_seed(0)).double()
+    logits = named.pop("gate_logits")
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).double()
 
-    def of(apply):
-        return lambda x: apply(x, case.plan, case.config, *factors_of(named), named["gate_logits"])
+    def ours(logits):
+        return moka_apply(x, case.plan, case.config, *factors_of(named), logits)
+
+    def by_delta_weight(logits):
+        return x @ delta_weight(case.plan, case.config, *factors_of(named), logits).T
 
     with pytest.raises(NotImplementedError, match="forward mode AD"):
-        torch.func.jvp(of(moka_apply), (x,), (v,))
-    y, along = torch.func.jvp(of(factored_apply), (x,), (v,))
-    assert relative(y, of(moka_apply)(x)) <= FLOAT64
-    assert relative(along, of(moka_apply)(v)) <= FLOAT64
+        torch.func.jvp(ours, (logits,), (direction,))
+    y, along = torch.func.jvp(by_delta_weight, (logits,), (direction,))
+    assert relative(y, ours(logits)) <= FLOAT64
+    step = 1e-6
+    assert relative(along, (ours(logits + step * direction) - ours(logits - step * direction)) / (2 * step)) <= 1e-8
 
 
 @pytest.mark.parametrize("way", SCHEDULES, ids="-".join)
