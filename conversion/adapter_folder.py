@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, LayerPlan, MokaConfig
 from moka_core.adapter import raise_problems, tensor_problems
-from moka_core.config import RUNTIME_FIELDS, check_keys
+from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,6 +39,9 @@ PEFT_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
     "peft_version": None,
 }
+# Written by PEFT where they were given. The first say how `layers` was chosen; the second cannot be read here.
+CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+BEYOND_MIXTURE = ("modules_to_save", "bias")
 OWN_FIELDS = ("format_version", "base_fingerprint", "layers")
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.moka_(?P<name>factor_[ab]\.\d+|gate_logits)")
@@ -117,9 +120,13 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 def folder_config(adapter: Adapter) -> dict[str, Any]:
     """The contents of adapter_config.json: PEFT's fields, MoKA's, and what ties the two to the tensors."""
-    plans = {layer.plan.key: layer.plan for layer in adapter.layers.values()}
-    config = {key: value for key, value in adapter.config.to_dict().items() if key not in RUNTIME_FIELDS}
-    config["shapes"] = {key: [group.to_list() for group in plans[key].groups] for key in sorted(plans)}
+    layers = {path: (adapter.layer_config(path), layer.plan) for path, layer in adapter.layers.items()}
+    stated = MokaConfig.of_layers(layers, r=adapter.config.r, scale=adapter.config.scale).to_dict()
+    config = {
+        key: value
+        for key, value in stated.items()
+        if key not in RUNTIME_FIELDS and (value or key not in PATTERN_FIELDS)
+    }
     return {
         **PEFT_FIELDS,
         **config,
@@ -159,11 +166,16 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
             f"{path}: expected format_version {FORMAT_VERSION}; got {values.get('format_version')!r}; "
             "a higher one needs a newer version of this package"
         )
-    own = {key: values.get(key) for key in (*PEFT_FIELDS, *OWN_FIELDS)}
+    own = {key: values.get(key) for key in (*PEFT_FIELDS, *OWN_FIELDS, *CHOICE_FIELDS, *BEYOND_MIXTURE)}
+    beyond = [key for key in BEYOND_MIXTURE if own[key] not in (None, [], "none")]
+    if beyond:
+        raise AdapterError(
+            f"{path}: {' and '.join(beyond)} make this adapter train more than mixtures; only PEFT can load it whole"
+        )
     mixture = {key: value for key, value in values.items() if key not in own}
     try:
         stored = set(MokaConfig().to_dict()) - set(RUNTIME_FIELDS)
-        missing = sorted(stored - set(mixture))
+        missing = sorted(stored - set(PATTERN_FIELDS) - set(mixture))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
         check_keys(mixture, sorted(stored), where="fields")
@@ -187,9 +199,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _layer_plans(config: MokaConfig, layers: Mapping[str, Any], path: Path) -> dict[str, LayerPlan]:
     plans = {plan.key: plan for plan in config.shapes}
-    unknown = [f"{name}: {key!r} does not stand in shapes" for name, key in layers.items() if str(key) not in plans]
-    raise_problems(unknown, f"{path}: layers")
-    return {name: plans[str(key)] for name, key in layers.items()}
+    own = dict(config.shapes_pattern)
+    problems = [
+        f"{field}: {pattern!r} is the path of no layer; in a file, shapes of some layers are stated layer by layer"
+        for field in PATTERN_FIELDS
+        for pattern, _ in getattr(config, field)
+        if pattern not in layers or field == "r_pattern"
+    ]
+    chosen = {}
+    for name, key in layers.items():
+        plan = own.get(name, plans.get(str(key)))
+        if plan is None or plan.key != key:
+            problems.append(f"{name}: {key!r} does not stand in shapes")
+        else:
+            chosen[name] = plan
+    raise_problems(problems, f"{path}: layers")
+    return chosen
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -217,7 +217,7 @@ def _delta_rows(ours: Probe, theirs: Probe, adapter: Adapter) -> list[Row]:
     worst = {"JAX": (0.0, ""), "PyTorch": (0.0, "")}
     sides = {"JAX": dict(ours.deltas()), "PyTorch": dict(theirs.deltas())}
     for path, layer in adapter.layers.items():
-        oracle = dense_delta(layer, adapter.config)
+        oracle = dense_delta(layer, adapter.layer_config(path))
         for side, deltas in sides.items():
             error = _relative(deltas[path], oracle) if path in deltas else float("inf")
             if error > worst[side][0] or not worst[side][1]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
-from moka_core.config import check_keys, plans_from_dict
+from moka_core.config import field_values
 from moka_core.execution import EXECUTIONS, costs, plan_execution
 from moka_core.plan import lora_parameters
 
@@ -108,10 +108,7 @@ def _parse(settings: list[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {setting}: expected key=value, such as r=20")
         values[key] = yaml.safe_load(text)
-    check_keys(values, MokaConfig().to_dict(), where="--set")
-    if "shapes" in values:
-        values["shapes"] = plans_from_dict(values["shapes"])
-    return values
+    return field_values(values, where="--set")
 
 
 def _print(arch: str, name: str, config: MokaConfig, plans: dict[str, LayerPlan], summary: dict[str, Any]) -> None:

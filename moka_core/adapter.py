@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moka_core.config import MokaConfig
-from moka_core.errors import AdapterError
+from moka_core.errors import AdapterError, ConfigError
 from moka_core.plan import LayerPlan, plan_layer
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_NAMES = "float32, bfloat16 or float16"
 _PATH = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 
 
@@ -73,7 +74,7 @@ def tensor_problems(plan: LayerPlan, config: MokaConfig, tensors: Mapping[str, n
         if tuple(array.shape) != expected[name]:
             problems.append(f"{where}: {name} expected shape {expected[name]}, got {tuple(array.shape)}")
         elif str(array.dtype) not in DTYPES:
-            problems.append(f"{where}: {name} expected dtype {' or '.join(DTYPES)}, got {array.dtype}")
+            problems.append(f"{where}: {name} expected dtype {DTYPE_NAMES}, got {array.dtype}")
         elif not np.isfinite(array.astype(np.float32)).all():
             problems.append(f"{where}: {name} has NaN or infinite entries")
     return problems
@@ -112,12 +113,22 @@ class Adapter:
         for path, layer in self.layers.items():
             if not isinstance(path, str) or not _PATH.fullmatch(path):
                 problems.append(f"{path!r}: expected a layer's dotted path")
-            plan = plan_layer(self.config, layer.plan.out_features, layer.plan.in_features)
+            dims = layer.plan.out_features, layer.plan.in_features
+            try:
+                plan = plan_layer(self.config.for_layer(path, *dims), *dims)
+            except ConfigError as error:
+                problems.append(f"{path}: {error}")
+                continue
             if plan != layer.plan:
                 problems.append(f"{path}: its shapes are not those that the config gives to a {plan.key} layer")
             problems += tensor_problems(layer.plan, self.config, dict(layer.tensors()), where=path)
         raise_problems(problems, "adapter is not valid")
         return self
+
+    def layer_config(self, path: str) -> MokaConfig:
+        """The settings of one of its layers; see `MokaConfig.for_layer`."""
+        plan = self.layers[path].plan
+        return self.config.for_layer(path, plan.out_features, plan.in_features)
 
     @property
     def trainable(self) -> int:

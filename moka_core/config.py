@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from moka_core.errors import ConfigError
 from moka_core.execution import Execution, check_execution
-from moka_core.plan import LayerPlan, ShapeGroup
+from moka_core.plan import LayerPlan, ShapeGroup, matches_pattern
 
 Gate = Literal["softmax", "uniform"]
 Scaling = Literal["none", "stable"]
@@ -21,6 +22,8 @@ Identity = Literal["none", "a", "b"]
 
 # Fields that say how an adapter is computed, not what it is: a saved adapter does not hold them.
 RUNTIME_FIELDS = ("execution",)
+# Fields that a saved adapter holds only where they say something.
+PATTERN_FIELDS = ("r_pattern", "shapes_pattern", "scale_pattern")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("softmax", "uniform"),
@@ -55,6 +58,11 @@ class MokaConfig:
         dropout: probability that an input of ΔW is dropped in training, 0 <= dropout < 1.
         target_modules: names or dotted suffixes of linear layers, or one regular expression
             for the whole path, or "all-linear" (every linear layer but the output head).
+        r_pattern: other numbers of terms for some layers, {pattern: r}; their shapes follow the `balanced` rule.
+        shapes_pattern: explicit shapes for some layers, {pattern: [[copies, a_out, a_in, b_out, b_in], ...]}.
+        scale_pattern: other scales for some layers, {pattern: scale}. A pattern is a layer's whole path, or a regular
+            expression for the end of one, from a dot on ("q_proj", "[01].self_attn.*"); of each field, at most one
+            may match a layer.
         execution: how it is computed, not what: "auto", "factored" or "merged" (`moka_core.execution`). It is
             no part of the adapter: a saved adapter does not hold it.
 
@@ -78,6 +86,9 @@ class MokaConfig:
     zero_factor: Factor = "b"
     dropout: float = 0.1
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    r_pattern: tuple[tuple[str, int], ...] = ()
+    shapes_pattern: tuple[tuple[str, LayerPlan], ...] = ()
+    scale_pattern: tuple[tuple[str, float], ...] = ()
     execution: Execution = "auto"
 
     def __post_init__(self) -> None:
@@ -87,15 +98,9 @@ class MokaConfig:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
         check_execution(self.execution)
         for name in ("r", "num_shapes", "block_entries"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: expected a whole number >= 1; got {value!r}")
-        for name in ("scale", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-                raise ConfigError(f"{name}: expected a finite number; got {value!r}")
-        if self.scale == 0:
-            raise ConfigError("scale: expected a number other than 0; 0 would switch the adapter off for good")
+            _check_count(name, getattr(self, name))
+        _check_scale("scale", self.scale)
+        _check_finite("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected 0 <= dropout < 1; got {self.dropout!r}")
         if self.identity == self.zero_factor:
@@ -125,6 +130,106 @@ class MokaConfig:
                 raise ConfigError(f"shapes[{plan.key}]: expected {self.r} terms in all (r); got {plan.terms}")
         if len(set(dims)) != len(dims):
             raise ConfigError(f"shapes: one plan for each (out, in); got {', '.join(dims)}")
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        for name in PATTERN_FIELDS:
+            entries = getattr(self, name)
+            entries = tuple(entries.items() if isinstance(entries, Mapping) else entries)
+            object.__setattr__(self, name, entries)
+            for pattern, value in entries:
+                if not isinstance(pattern, str) or not pattern:
+                    raise ConfigError(f"{name}: expected a layer's path, or a regular expression; got {pattern!r}")
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+                where = f"{name}[{pattern}]"
+                if name == "r_pattern":
+                    _check_count(where, value)
+                elif name == "scale_pattern":
+                    _check_scale(where, value)
+                elif not isinstance(value, LayerPlan):
+                    raise ConfigError(f"{where}: expected a LayerPlan; got {value!r}")
+                else:
+                    value.check_identity(self.identity)
+
+    def for_layer(self, path: str, out_features: int, in_features: int) -> MokaConfig:
+        """The settings of one layer: this config, with what its patterns say of that layer in place of the patterns.
+
+        Raises:
+            ConfigError: two patterns of one field match, the pattern's shapes are for a layer of other dimensions, or
+                shapes and r of different patterns disagree.
+
+        >>> MokaConfig(r_pattern={"q_proj": 4}).for_layer("layers.0.q_proj", 8, 8).r
+        4
+        """
+        if not (self.r_pattern or self.shapes_pattern or self.scale_pattern):
+            return self
+        r, plan = self._of("r_pattern", path), self._of("shapes_pattern", path)
+        scale = self._of("scale_pattern", path)
+        changes: dict[str, Any] = dict.fromkeys(PATTERN_FIELDS, ())
+        if scale is not None:
+            changes["scale"] = scale
+        if plan is not None:
+            if (plan.out_features, plan.in_features) != (out_features, in_features):
+                raise ConfigError(
+                    f"shapes_pattern: the shapes for {path} multiply to {plan.key}; the layer is "
+                    f"{out_features}x{in_features}"
+                )
+            if r not in (None, plan.terms):
+                raise ConfigError(f"{path}: r_pattern gives it {r} terms, shapes_pattern {plan.terms}")
+            changes |= {"r": plan.terms, "shapes": (plan,)}
+        elif r is not None:
+            changes |= {"r": r, "shapes": ()}
+        return dataclasses.replace(self, **changes)
+
+    def _of(self, name: str, path: str) -> Any:
+        """The entry of a pattern field that a layer's path matches, or None."""
+        entries = dict(getattr(self, name))
+        found = [path] if path in entries else [pattern for pattern in entries if matches_pattern(pattern, path)]
+        if len(found) > 1:
+            raise ConfigError(f"{name}: expected one pattern for a layer; {' and '.join(found)} match {path}")
+        return entries[found[0]] if found else None
+
+    @classmethod
+    def of_layers(
+        cls, layers: Mapping[str, tuple[MokaConfig, LayerPlan]], *, r: int | None = None, scale: float | None = None
+    ) -> MokaConfig:
+        """The config of an adapter whose layers have these settings and plans, every plan written out in it.
+
+        What most layers have stands in `shapes`; what others have, in `shapes_pattern` and `scale_pattern` under
+        their paths.
+
+        Args:
+            layers: by path, the layer's own config (as from `for_layer`) and its plan. At least one.
+            r: what the config says in `r`; if None, what most layers have.
+            scale: likewise.
+
+        Raises:
+            ConfigError: two layers differ in more than r, shapes and scale.
+        """
+        if r is None:
+            r = Counter(own.r for own, _ in layers.values()).most_common(1)[0][0]
+        if scale is None:
+            scale = Counter(own.scale for own, _ in layers.values()).most_common(1)[0][0]
+        by_key: dict[str, Counter[LayerPlan]] = defaultdict(Counter)
+        for own, plan in layers.values():
+            if own.r == r:
+                by_key[plan.key][plan] += 1
+        shapes = {key: plans.most_common(1)[0][0] for key, plans in sorted(by_key.items())}
+        configs = {
+            dataclasses.replace(own, r=r, scale=scale, shapes=(), shapes_pattern=(), scale_pattern=())
+            for own, _ in layers.values()
+        }
+        if len(configs) > 1:
+            raise ConfigError("expected layers that differ in r, shapes and scale only; they differ in other settings")
+        return dataclasses.replace(
+            configs.pop(),
+            shapes=tuple(shapes.values()),
+            shapes_pattern=tuple((path, plan) for path, (_, plan) in layers.items() if plan != shapes.get(plan.key)),
+            scale_pattern=tuple((path, own.scale) for path, (own, _) in layers.items() if own.scale != scale),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values; `from_dict` gives back an equal config."""
@@ -132,6 +237,11 @@ class MokaConfig:
         values["shapes"] = {plan.key: [group.to_list() for group in plan.groups] for plan in self.shapes}
         if not isinstance(self.target_modules, str):
             values["target_modules"] = list(self.target_modules)
+        for name in PATTERN_FIELDS:
+            values[name] = dict(values[name])
+        values["shapes_pattern"] = {
+            pattern: [group.to_list() for group in plan.groups] for pattern, plan in self.shapes_pattern
+        }
         return values
 
     @classmethod
@@ -144,12 +254,29 @@ class MokaConfig:
         Raises:
             ConfigError: a key is unknown (the nearest name is given), or a value is invalid.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(values, known, where="MokaConfig")
-        arguments = dict(values)
-        if "shapes" in arguments:
-            arguments["shapes"] = plans_from_dict({} if arguments["shapes"] is None else arguments["shapes"])
-        return cls(**arguments)
+        return cls(**field_values(values, where="MokaConfig"))
+
+
+def field_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Fields of `MokaConfig` as plain JSON values, turned into what its constructor takes.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest name is given), or shapes are not written as in a config.
+    """
+    check_keys(values, [field.name for field in dataclasses.fields(MokaConfig)], where=where)
+    arguments = dict(values)
+    if "shapes" in arguments:
+        arguments["shapes"] = plans_from_dict({} if arguments["shapes"] is None else arguments["shapes"])
+    for name in PATTERN_FIELDS:
+        if name not in arguments:
+            continue
+        entries = {} if arguments[name] is None else arguments[name]
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"{name}: expected {{pattern: value, ...}}; got {entries!r}")
+        if name == "shapes_pattern":
+            entries = {key: _plan_from_rows(rows, where=f"{name}[{key}]") for key, rows in entries.items()}
+        arguments[name] = entries
+    return arguments
 
 
 def plans_from_dict(shapes: Mapping[str, Any]) -> tuple[LayerPlan, ...]:
@@ -165,11 +292,39 @@ def plans_from_dict(shapes: Mapping[str, Any]) -> tuple[LayerPlan, ...]:
         found = _DIMS.fullmatch(str(key))
         if found is None:
             raise ConfigError(f'shapes: expected a key such as "4096x1024" (out x in); got {key!r}')
-        if not isinstance(rows, (list, tuple)):
-            raise ConfigError(f"shapes[{key}]: expected a list of [copies, a_out, a_in, b_out, b_in]; got {rows!r}")
-        groups = tuple(ShapeGroup.from_list(row, where=f"shapes[{key}]") for row in rows)
+        groups = _groups(rows, where=f"shapes[{key}]")
         plans.append(LayerPlan(out_features=int(found[1]), in_features=int(found[2]), groups=groups))
     return tuple(plans)
+
+
+def _plan_from_rows(rows: Any, *, where: str) -> LayerPlan:
+    groups = _groups(rows, where=where)
+    if not groups:
+        raise ConfigError(f"{where}: expected at least one [copies, a_out, a_in, b_out, b_in]; got none")
+    shape = groups[0].shape
+    return LayerPlan(out_features=shape.out_features, in_features=shape.in_features, groups=groups)
+
+
+def _groups(rows: Any, *, where: str) -> tuple[ShapeGroup, ...]:
+    if not isinstance(rows, (list, tuple)):
+        raise ConfigError(f"{where}: expected a list of [copies, a_out, a_in, b_out, b_in]; got {rows!r}")
+    return tuple(ShapeGroup.from_list(row, where=where) for row in rows)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: expected a whole number >= 1; got {value!r}")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{name}: expected a finite number; got {value!r}")
+
+
+def _check_scale(name: str, value: Any) -> None:
+    _check_finite(name, value)
+    if value == 0:
+        raise ConfigError(f"{name}: expected a number other than 0; 0 would switch the adapter off for good")
 
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -236,15 +236,18 @@ def matches(target_modules: Sequence[str] | str, path: str) -> bool:
     return any(path == target or path.endswith("." + target) for target in target_modules)
 
 
-def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, LayerPlan]:
+def plan_model(
+    config: MokaConfig, layers: Mapping[str, tuple[int, int]], *, excluded: Collection[str] = ()
+) -> dict[str, LayerPlan]:
     """The plan of every targeted layer.
 
     Args:
         layers: (out_features, in_features) of every linear layer of the model, by dotted path.
+        excluded: paths of layers that are left out although a target matches them.
 
     Raises:
-        TargetError: a target matched no layer; the message lists near misses.
-        ConfigError: `config.shapes` states a plan for dimensions that no targeted layer has.
+        TargetError: a target matched no layer (the message lists near misses), or all that match are excluded.
+        ConfigError: `config.shapes` states a plan for dimensions that no targeted layer has, or a pattern matches none.
     """
     targets = config.target_modules
     if list(targets) == [ALL_LINEAR]:
@@ -253,7 +256,12 @@ def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dic
     for rule in rules:
         if not any(matches(rule, path) for path in layers):
             raise TargetError(_no_match(rule if isinstance(rule, str) else rule[0], layers))
-    plans = {path: plan_layer(config, *dims) for path, dims in layers.items() if matches(targets, path)}
+    targeted = {path: dims for path, dims in layers.items() if matches(targets, path)}
+    chosen = {path: dims for path, dims in targeted.items() if path not in excluded}
+    if not chosen:
+        raise TargetError(f"target_modules: all of the {len(targeted)} layers that match are excluded")
+    plans = {path: plan_layer(config.for_layer(path, *dims), *dims) for path, dims in chosen.items()}
+    check_patterns(config, plans)
     used = {plan.key for plan in plans.values()}
     unused = [plan.key for plan in config.shapes if plan.key not in used]
     if unused:
@@ -262,6 +270,30 @@ def plan_model(config: MokaConfig, layers: Mapping[str, tuple[int, int]]) -> dic
             f"{', '.join(sorted(used))}. Take the plan out, or target such a layer."
         )
     return plans
+
+
+def matches_pattern(pattern: str, path: str) -> bool:
+    """Whether a key of a `…_pattern` field means a layer: its end, from the start or a dot on. PEFT reads them so.
+
+    >>> matches_pattern("q_proj", "layers.0.q_proj"), matches_pattern("proj", "layers.0.q_proj")
+    (True, False)
+    """
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def check_patterns(config: MokaConfig, paths: Iterable[str]) -> None:
+    """Raise a ConfigError if a pattern of the config matches none of the adapted layers, and so would do nothing."""
+    paths = list(paths)
+    for name, entries in (
+        ("r_pattern", config.r_pattern),
+        ("shapes_pattern", config.shapes_pattern),
+        ("scale_pattern", config.scale_pattern),
+    ):
+        for pattern, _ in entries:
+            if pattern not in paths and not any(matches_pattern(pattern, path) for path in paths):
+                raise ConfigError(
+                    f"{name}: {pattern!r} matches none of the {len(paths)} adapted layers, such as {paths[0]!r}"
+                )
 
 
 def lora_parameters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int) -> int:

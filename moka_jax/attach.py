@@ -94,9 +94,10 @@ def attach(
     plans = plan_model(config, {name: site.dims for site in sites for name in site.names})
     key = jax.random.key(seed)
     layers = []  # all of them before any is put in place: what is refused leaves the model as it was
-    for index, (site, plan) in enumerate(_choose(model, sites, plans)):
+    configs = {name: config.for_layer(name, plan.out_features, plan.in_features) for name, plan in plans.items()}
+    for index, (site, plan) in enumerate(_choose(model, sites, plans, configs)):
         own = jax.random.fold_in(key, index)
-        layers.append((site, _adapted(site, plan, config, key=own, execution=execution)))
+        layers.append((site, _adapted(site, plan, configs[site.names[0]], key=own, execution=execution)))
     for site, layer in layers:
         replace_module(model, site.path, layer)
     return model
@@ -112,16 +113,14 @@ def export_adapter(model: nnx.Module) -> Adapter:
     if not sites:
         raise AdapterError("export_adapter: this model has no adapter; attach one, or import one, first")
     layers = {}
-    plans: dict[str, LayerPlan] = {}
+    settings = {}
     for site in sites:
         assert isinstance(site.module, MokaLinear)
-        plans[site.module.plan.key] = site.module.plan
+        own = dataclasses.replace(site.module.config, execution="auto")  # how it was computed is no part of it
         for index, name in enumerate(site.names):
             layers[name] = site.module.to_factors(None if site.layers is None else index)
-    first = sites[0].module
-    assert isinstance(first, MokaLinear)
-    shapes = tuple(plans[key] for key in sorted(plans))
-    config = dataclasses.replace(first.config, shapes=shapes, execution="auto")  # how it was computed is no part of it
+            settings[name] = (own, site.module.plan)
+    config = MokaConfig.of_layers(settings)
     fingerprint = getattr(model, "base_fingerprint", None)
     return Adapter(
         config=config, layers=layers, base_fingerprint=fingerprint, base_model=getattr(model, "base_model", None)
@@ -155,11 +154,14 @@ def import_adapter(
             problems.append(f"{name}: adapter is for {plan.key}, the model's layer is {dims[name][0]}x{dims[name][1]}")
     raise_problems(problems, "adapter does not fit this model")
     try:
-        chosen = _choose(model, sites, {name: layer.plan for name, layer in adapter.layers.items()})
+        configs = {name: adapter.layer_config(name) for name in adapter.layers}
+        chosen = _choose(model, sites, {name: layer.plan for name, layer in adapter.layers.items()}, configs)
     except TargetError as error:
         raise AdapterError(f"adapter does not fit this model: {error}") from error
     key = jax.random.key(0)
-    layers = [(site, _adapted(site, plan, adapter.config, key=key, execution=execution)) for site, plan in chosen]
+    layers = [
+        (site, _adapted(site, plan, configs[site.names[0]], key=key, execution=execution)) for site, plan in chosen
+    ]
     for site, layer in layers:
         layer.set_factors([adapter.layers[name] for name in site.names])
         replace_module(model, site.path, layer)
@@ -227,8 +229,10 @@ def _merged_weight(layer: MokaLinear) -> tuple[jax.Array, jax.Array | None]:
     return (weight + layer.delta()).astype(weight.dtype), bias
 
 
-def _choose(model: nnx.Module, sites: list[Site], plans: Mapping[str, LayerPlan]) -> list[tuple[Site, LayerPlan]]:
-    """The sites that have a plan, all of them replaceable; a stack is chosen whole or not at all."""
+def _choose(
+    model: nnx.Module, sites: list[Site], plans: Mapping[str, LayerPlan], configs: Mapping[str, MokaConfig]
+) -> list[tuple[Site, LayerPlan]]:
+    """The sites that have a plan, all of them replaceable; a stack is chosen whole or not at all, and alike."""
     shared = {tuple(path): paths for paths in nnx.find_duplicates(model) for path in paths}
     chosen = []
     for site in sites:
@@ -238,6 +242,12 @@ def _choose(model: nnx.Module, sites: list[Site], plans: Mapping[str, LayerPlan]
                 f"target_modules: {len(hit)} of {len(site.names)} layers of the stack {_dotted(site.path)!r} match "
                 f"(first that does not: {next(name for name in site.names if name not in plans)}); "
                 "a stack shares one structure, so target all of its layers or none"
+            )
+        other = [n for n in hit if plans[n] != plans[hit[0]] or configs[n].scale != configs[hit[0]].scale]
+        if other:
+            raise TargetError(
+                f"target_modules: {hit[0]} and {other[0]} have other shapes or another scale; here they are layers of "
+                f"the stack {_dotted(site.path)!r}, which shares one structure, so give all of its layers the same"
             )
         if hit and site.path in shared:
             raise TargetError(

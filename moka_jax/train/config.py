@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from moka_core import PRESETS, Architecture, ConfigError, MokaConfig, preset
-from moka_core.config import RUNTIME_FIELDS, check_keys, plans_from_dict
+from moka_core.config import RUNTIME_FIELDS, check_keys, field_values
 
 Quantise = Literal["nf4-double", "nf4", "none"]
 Dtype = Literal["float32", "bfloat16"]
@@ -59,10 +59,7 @@ class AdapterSettings:
         Raises:
             ConfigError: see `moka_core.preset` and `MokaConfig`.
         """
-        values = dict(self.overrides)
-        if "shapes" in values:
-            values["shapes"] = plans_from_dict(values["shapes"] or {})
-        return preset(self.preset, model, **values)
+        return preset(self.preset, model, **field_values(self.overrides, where="adapter"))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""

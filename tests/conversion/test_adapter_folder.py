@@ -21,7 +21,11 @@ from moka_core import Adapter, AdapterError, KronShape, LayerFactors, LayerPlan,
 from moka_core.oracle import dense_delta
 from tests.cases import CASES, random_factors, random_layer
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 
 def cast(layer: LayerFactors, config: MokaConfig, dtype: np.dtype) -> LayerFactors:
@@ -325,7 +329,13 @@ BAD_CONFIGS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (edit(format_version="1"), "expected format_version 1; got '1'"),
     (drop("format_version"), "expected format_version 1; got None"),
     (edit(gatee="softmax"), "fields: unknown 'gatee' (did you mean 'gate'?)"),
-    (edit(modules_to_save=["lm_head"]), "fields: unknown 'modules_to_save'"),
+    (
+        edit(modules_to_save=["lm_head"]),
+        "modules_to_save make this adapter train more than mixtures; only PEFT can load",
+    ),
+    (edit(bias="all"), "bias make this adapter train more than mixtures; only PEFT can load"),
+    (edit(r_pattern={"q_proj": 2}), "r_pattern: 'q_proj' is the path of no layer"),
+    (edit(scale_pattern={"q_proj": 2.0}), "scale_pattern: 'q_proj' is the path of no layer"),
     (drop("scale"), "missing scale"),
     (drop("gate", "r", "shapes"), "missing gate, r, shapes"),
     (edit(gate="hard"), "gate: expected one of softmax, uniform; got 'hard'"),
@@ -402,7 +412,7 @@ def test_every_problem_of_the_tensors_is_listed_at_once(folder: Path) -> None:
     tensors[stem + "factor_a.00"] = tensors[stem + "factor_a.0"]
     tensors[stem + "factor_b.0"][0, 0, 0] = np.inf
     tensors[stem + "factor_b.1"] = tensors[stem + "factor_b.1"].reshape(1, 3, 4)
-    tensors[stem + "gate_logits"] = tensors[stem + "gate_logits"].astype(np.float16)
+    tensors[stem + "gate_logits"] = tensors[stem + "gate_logits"].astype(np.float64)
     tensors["base_model.model.lm_head.weight"] = np.zeros(3, np.float32)
     tensors["base_model.model.other.moka_gate_logits"] = np.zeros(3, np.float32)
     tensors[f"{LAYER}.moka_gate_logits"] = np.zeros(3, np.float32)
@@ -420,7 +430,7 @@ def test_every_problem_of_the_tensors_is_listed_at_once(folder: Path) -> None:
             f"{LAYER}: unexpected factor_a.00",
             f"{LAYER}: factor_b.0 has NaN or infinite entries",
             f"{LAYER}: factor_b.1 expected shape (1, 4, 3), got (1, 3, 4)",
-            f"{LAYER}: gate_logits expected dtype float32 or bfloat16, got float16",
+            f"{LAYER}: gate_logits expected dtype float32, bfloat16 or float16, got float64",
         ]
     )
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 
 import moka_torch
 from conversion import load_adapter, open_base, save_adapter
-from moka_core import Adapter, MokaConfig
-from moka_jax import export_adapter, import_adapter
+from moka_core import Adapter, AdapterError, MokaConfig, TargetError
+from moka_jax import attach, export_adapter, import_adapter
 from moka_jax.llama import load_llama
 from moka_torch.probe import load_base
 from tests.tiny import random_adapter, save_tiny_llama
@@ -19,6 +19,7 @@ CONFIGS = {
     "softmax": MokaConfig(r=5, num_shapes=3, target_modules=("q_proj", "v_proj", "down_proj")),
     "moka_s": MokaConfig(r=3, num_shapes=1, identity="a", block_entries=64, gate="uniform", scaling="stable"),
     "zero a": MokaConfig(r=3, num_shapes=2, zero_factor="a", scale=-0.5),
+    "patterns": MokaConfig(r=3, num_shapes=2, r_pattern={"v_proj": 5}, scale_pattern={"q_proj": 0.5}),
     "identity b": MokaConfig(r=1, num_shapes=1, identity="b", zero_factor="a", block_entries=64, gate="uniform"),
 }
 
@@ -50,6 +51,21 @@ def test_jax_to_pytorch_to_jax_is_bit_equal(base, tmp_path, name):
     in_torch.save_pretrained(tmp_path / "from-torch")
     back = import_adapter(load_llama(open_base(base)), load_adapter(tmp_path / "from-torch"))
     assert_same_bits(started, export_adapter(back))
+
+
+def test_layers_of_one_stack_cannot_have_shapes_or_scales_of_their_own_in_jax(base, tmp_path):
+    one = "model.layers.1.self_attn.q_proj"
+    for pattern in ({"r_pattern": {one: 2}}, {"scale_pattern": {one: 2.0}}):
+        config = MokaConfig(r=3, num_shapes=2, target_modules=("q_proj",), **pattern)
+        save_adapter(random_adapter(open_base(base), config), tmp_path / next(iter(pattern)))
+        adapter = load_adapter(tmp_path / next(iter(pattern)))
+        model = load_llama(open_base(base))
+        with pytest.raises(AdapterError, match="have other shapes or another scale; here they are layers of the stack"):
+            import_adapter(model, adapter)
+        with pytest.raises(TargetError, match="layers of the stack"):
+            attach(model, config)
+        in_torch = moka_torch.import_adapter(load_base(base), adapter)
+        assert_same_bits(adapter, moka_torch.export_adapter(in_torch))
 
 
 def test_a_regular_expression_that_peft_reads_otherwise_still_loads_in_peft(base, tmp_path):

@@ -53,7 +53,7 @@ def test_one_error_lists_every_problem_of_every_layer() -> None:
         "m.extra": layer(factor_b=(*good.factor_b, good.factor_b[0])),
         "m.nan": layer(factor_a=(nan, good.factor_a[1]), gate_logits=infinite),
         "m.turned": layer(factor_b=(good.factor_b[0].transpose(0, 2, 1), good.factor_b[1])),
-        "m.dtype": layer(factor_a=(good.factor_a[0].astype(np.float64), good.factor_a[1].astype(np.float16))),
+        "m.dtype": layer(factor_a=(good.factor_a[0].astype(np.float64), good.factor_a[1].astype(np.int8))),
         "m.swapped": layer(plan=plan_layer(dataclasses.replace(CONFIG, r=2), 12, 8)),
     }
     with pytest.raises(AdapterError) as caught:
@@ -68,8 +68,8 @@ def test_one_error_lists_every_problem_of_every_layer() -> None:
         "m.nan: factor_a.0 has NaN or infinite entries",
         "m.nan: gate_logits has NaN or infinite entries",
         f"m.turned: factor_b.0 expected shape {good.factor_b[0].shape}, got ",
-        "m.dtype: factor_a.0 expected dtype float32 or bfloat16, got float64",
-        "m.dtype: factor_a.1 expected dtype float32 or bfloat16, got float16",
+        "m.dtype: factor_a.0 expected dtype float32, bfloat16 or float16, got float64",
+        "m.dtype: factor_a.1 expected dtype float32, bfloat16 or float16, got int8",
         "m.swapped: its shapes are not those that the config gives to a 12x8 layer",
     ):
         assert expected in text
@@ -91,7 +91,7 @@ def test_an_infinite_bfloat16_entry_is_found() -> None:
 
 def test_a_big_endian_array_is_refused_rather_than_misread() -> None:
     swapped = layer().gate_logits.astype(">f4")  # type: ignore[union-attr]
-    with pytest.raises(AdapterError, match="gate_logits expected dtype float32 or bfloat16, got >f4"):
+    with pytest.raises(AdapterError, match="gate_logits expected dtype float32, bfloat16 or float16, got >f4"):
         adapter({"model.a": layer(gate_logits=swapped)}).validate()
 
 
