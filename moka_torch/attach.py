@@ -1,4 +1,4 @@
-"""The verbs that both backends share: attach, merge, export_adapter, import_adapter."""
+"""The verbs that both backends share, but for merge: attach, export_adapter, import_adapter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 import moka_core
 from moka_core import Adapter, LayerFactors
-from moka_core.adapter import raise_problems
+from moka_core.adapter import DTYPE_NAMES
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.execution import Execution
 from moka_torch.fingerprint import check_fingerprint
-from moka_torch.linear import MokaLinear
 from moka_torch.loading import adapted_layers
 from moka_torch.targets import plan_stated
 from moka_torch.tuner import MokaConfig
@@ -57,28 +56,9 @@ def attach(
     return peft_model
 
 
-def merge(peft_model: PeftModel) -> nn.Module:
-    """The base model with W + ΔW of the active adapters in place of W, and no adapters.
-
-    The sum is taken in float32 at least and rounded once, to the dtype of W; a 4-bit or 8-bit W is encoded
-    again, with a warning, since that loses more than the adapter's rounding.
-
-    Raises:
-        AdapterError: an adapter has NaN or infinite entries; nothing has been merged.
-    """
-    problems = []
-    for path, layer in _layers(peft_model).items():
-        for name in layer.active_adapters:
-            if name in layer.moka_plan:
-                for key, tensor in layer.tensors(name).items():
-                    if not torch.isfinite(tensor).all():
-                        problems.append(f"{path}: {key} of adapter {name!r} has NaN or infinite entries")
-    raise_problems(problems, "nothing was merged")
-    return peft_model.merge_and_unload(safe_merge=True)
-
-
 def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
-    """An adapter's config and numbers as NumPy arrays: float32, or bfloat16 (ml_dtypes) where they are held so.
+    """An adapter's config and numbers as NumPy arrays: float32, or bfloat16 (ml_dtypes) or float16
+    where they are held so.
 
     Layers are keyed by their path in a Hugging Face checkpoint; the config states the plan of each of them.
 
@@ -91,9 +71,19 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
             f"adapter_name: expected one of {', '.join(sorted(peft_model.peft_config))}, a MoKA adapter; "
             f"got {adapter_name!r}"
         )
+    if config.beyond_mixture:
+        raise AdapterError(
+            f"adapter {adapter_name!r}: {' and '.join(config.beyond_mixture)} make it train more than mixtures, which "
+            "an Adapter does not hold; save it with PEFT's save_pretrained"
+        )
     core = dataclasses.replace(config.to_core(), execution="auto")  # how it was computed is no part of it
     layers = {}
     for path, layer in adapted_layers(peft_model, adapter_name).items():
+        if layer.moka_multiplier[adapter_name] != 1.0:
+            raise AdapterError(
+                f"{path}: set_scale or scale_layer has put the factor {layer.moka_multiplier[adapter_name]} on adapter "
+                f"{adapter_name!r}, which is no part of it; undo it with unscale_layer or set_scale(name, 1)"
+            )
         arrays = {name: _to_numpy(tensor, f"{path}: {name}") for name, tensor in layer.tensors(adapter_name).items()}
         layers[path] = LayerFactors.from_tensors(layer.moka_plan[adapter_name], core, arrays)
     adapter = Adapter(
@@ -151,17 +141,13 @@ def import_adapter(
     return peft_model
 
 
-def _layers(peft_model: PeftModel) -> dict[str, MokaLinear]:
-    return {path: module for path, module in peft_model.named_modules() if isinstance(module, MokaLinear)}
-
-
 def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    if tensor.dtype != torch.float32:
+    if tensor.dtype not in (torch.float32, torch.float16):
         raise AdapterError(
-            f"{where}: expected float32 or bfloat16; got {tensor.dtype}. Cast the adapter to float32 first "
+            f"{where}: expected {DTYPE_NAMES}; got {tensor.dtype}. Cast the adapter to float32 first "
             "(PEFT does so by default: autocast_adapter_dtype=True)."
         )
     return tensor.numpy().copy()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from moka_core import LayerPlan, MokaConfig
 from moka_core.errors import AdapterError, ConfigError
@@ -18,6 +21,8 @@ from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
 from moka_torch.exactness import refuse_repacked
 from moka_torch.mixture import backend_of, coefficients, delta_weight, moka_apply, schedule_for
 from moka_torch.product import Job, moka_product, sum_dtype
+
+BASE = "__base__"  # in `adapter_names`: a sample that no adapter is used on
 
 
 class MokaLinear(nn.Module, BaseTunerLayer):
@@ -41,11 +46,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         adapter_name: of the first adapter.
         plan: its shapes.
         config: its settings.
+        init_weights: False draws every parameter at random; see `MokaConfig`.
         get_apply_tensor_subclass: what PEFT needs to encode a torchao layer again.
     """
 
     adapter_layer_names = ("moka_factor_a", "moka_factor_b", "moka_gate_logits")
-    other_param_names = ("moka_dropout", "moka_plan", "moka_config")
+    other_param_names = ("moka_dropout", "moka_plan", "moka_config", "moka_multiplier")
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         *,
         plan: LayerPlan,
         config: MokaConfig,
+        init_weights: bool = True,
         get_apply_tensor_subclass: Any = None,
     ) -> None:
         super().__init__()
@@ -68,11 +75,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
+        self.moka_multiplier: dict[str, float] = {}
         self._execution: Execution | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, plan=plan, config=config)
+        self.update_layer(adapter_name, plan=plan, config=config, init_weights=init_weights)
 
     @property
     def execution(self) -> Execution | None:
@@ -84,9 +92,15 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self._execution = None if execution is None else check_execution(execution)
 
     def update_layer(
-        self, adapter_name: str, *, plan: LayerPlan, config: MokaConfig, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        *,
+        plan: LayerPlan,
+        config: MokaConfig,
+        init_weights: bool = True,
+        inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, or replace the one of that name, at its start: ΔW = 0.
+        """Add an adapter, or replace the one of that name, at its start: ΔW = 0, unless `init_weights` is False.
 
         Raises:
             ConfigError: the plan is for a layer of another shape.
@@ -108,12 +122,15 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.moka_plan[adapter_name] = plan
         self.moka_config[adapter_name] = config
-        self.reset_parameters(adapter_name)
+        self.moka_multiplier[adapter_name] = 1.0
+        self.reset_parameters(adapter_name, init_weights=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, adapter_name: str, generator: torch.Generator | None = None, *, init_weights: bool = True
+    ) -> None:
         """Put an adapter back to its start: the zero factor 0, the other drawn anew, the logits 0.
 
         Every entry of the other factor is uniform in ±1/√columns, columns being a_in or b_in: Kaiming with
@@ -121,11 +138,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
         Args:
             generator: source of the draw, on the CPU; torch's own if None.
+            init_weights: False draws the zero factor like the other, and logits of N(0, 1).
         """
         config = self.moka_config[adapter_name]
         for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
             for parameter in _entry(container, adapter_name).values():
-                if factor == config.zero_factor:
+                if factor == config.zero_factor and init_weights:
                     parameter.zero_()
                 elif parameter.device.type == "meta":
                     continue
@@ -134,7 +152,11 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                     drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)
         if adapter_name in self.moka_gate_logits:
-            self.moka_gate_logits[adapter_name].zero_()
+            logits = self.moka_gate_logits[adapter_name]
+            if init_weights or logits.device.type == "meta":
+                logits.zero_()
+            else:
+                logits.copy_(torch.empty(logits.shape).normal_(generator=generator))
 
     def factors(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         """(factor_a by group, factor_b by group, gate_logits) of an adapter, as `moka_apply` takes them."""
@@ -152,7 +174,14 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         named |= {f"factor_b.{group}": tensor for group, tensor in enumerate(factor_b)}
         return named if logits is None else {**named, "gate_logits": logits}
 
-    def forward(self, x: Tensor, *args: Any, execution: Execution | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        execution: Execution | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """base(x) + Σ ΔW dropout(x) over the active adapters, in the dtype that the base layer returns.
 
         ΔW with a product of its own is multiplied in the adapter's dtype, the input being cast to it, or in autocast's.
@@ -160,18 +189,23 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
         Args:
             execution: for this call, in place of the layer's own.
+            adapter_names: one for each sample of x, the first axis: the adapter to use on it, or "__base__" for none,
+                in place of the active ones. An adapter that this layer does not have counts as none here.
             args, kwargs: what the base layer takes besides x.
 
         Raises:
-            ConfigError: `adapter_names` was given; a different adapter for each sample is not supported. Or the
+            ConfigError: there are more or fewer `adapter_names` than samples, or an adapter is merged. Or the
                 execution is unknown, or "merged" by name on a base layer that cannot take W + ΔW.
         """
         execution = self.execution if execution is None else execution
-        refuse_adapter_names(kwargs)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_by_sample(x, adapter_names, args, kwargs, execution)
         names = self._present(self.active_adapters)
         for name in names:
             refuse_special(execution or self.moka_config[name].execution, {"this layer": self.base_layer})
@@ -185,16 +219,76 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in names:
-            config, keep = self.moka_config[name], None
-            if self._drops(name):
-                dropout: Any = self.moka_dropout[name]
-                if dropout.p != config.dropout:  # changed in place, as trainers do
-                    config = dataclasses.replace(config, dropout=dropout.p)
-                keep = dropout(torch.ones_like(x)).bool()
-            result = result + moka_apply(
-                x, self.moka_plan[name], config, *self.factors(name), execution=execution, keep=keep
-            )
+            result = result + self._beside_base(name, x, execution)
         return result.to(dtype)
+
+    def _beside_base(self, name: str, x: Tensor, execution: Execution | None) -> Tensor:
+        """ΔW dropout(x) of one adapter, as a product of its own."""
+        config, keep = self.moka_config[name], None
+        if self._drops(name):
+            dropout: Any = self.moka_dropout[name]
+            if dropout.p != config.dropout:  # changed in place, as trainers do
+                config = dataclasses.replace(config, dropout=dropout.p)
+            keep = dropout(torch.ones_like(x)).bool()
+        y = moka_apply(x, self.moka_plan[name], config, *self.factors(name), execution=execution, keep=keep)
+        return y if self.moka_multiplier[name] == 1.0 else y * self.moka_multiplier[name]
+
+    def _forward_by_sample(
+        self, x: Tensor, adapter_names: Sequence[str], args: Any, kwargs: Any, execution: Execution | None
+    ) -> Tensor:
+        """base(x), and on the samples of each adapter its ΔW dropout(x)."""
+        result = self.base_layer(x, *args, **kwargs)
+        by_name: dict[str, list[int]] = {}
+        for index, name in enumerate(adapter_names):
+            by_name.setdefault(name, []).append(index)
+        for name in self._present(list(by_name)):
+            samples = torch.tensor(by_name[name], device=x.device)
+            y = self._beside_base(name, x.index_select(0, samples), execution)
+            result = result.index_add(0, samples, y.to(result.dtype))
+        return result
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ConfigError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are {', '.join(self.merged_adapters)}."
+            )
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What ΔW of every adapter is multiplied by: its config's `scale` times what `set_scale` has put on it."""
+        return {name: self.moka_config[name].scale * value for name, value in self.moka_multiplier.items()}
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply ΔW of an adapter by `scale`, from 1; a layer without that adapter is left alone."""
+        if adapter_name in self.moka_multiplier:
+            self._refuse_merged(adapter_name)
+            self.moka_multiplier[adapter_name] = check_multiplier(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply ΔW of the active adapters by `scale`, on top of what is on them."""
+        for name in self._present(self.active_adapters):
+            self.set_scale(name, self.moka_multiplier[name] * check_multiplier(scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide ΔW of the active adapters by `scale`, or undo all that was put on them if None."""
+        if scale == 0:
+            raise ConfigError("scale: expected a number other than 0 to divide by; give none to undo all scaling")
+        for name in self._present(self.active_adapters):
+            self.set_scale(name, 1.0 if scale is None else self.moka_multiplier[name] / check_multiplier(scale))
+
+    def _refuse_merged(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ConfigError(f"adapter {adapter_name!r} is merged; unmerge it before its scale is changed")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can take ΔW to be a LoRA's: always, ΔW being a sum to W."""
+        return True
 
     def _into_base(self, name: str, x: Tensor, base: BaseWeight, execution: Execution | None) -> Tensor | None:
         """x (W + ΔW)ᵀ + bias as one product; None if that is not the execution to take."""
@@ -211,6 +305,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return None
         factor_a, factor_b, logits = self.factors(name)
         weights = coefficients(plan, config, logits, dtype=sum_dtype(x.device), device=x.device)
+        if self.moka_multiplier[name] != 1.0:
+            weights = weights * self.moka_multiplier[name]
         job = Job(plan, config.identity, schedule, base.compute, base.decode)
         return moka_product(job, x, weights, factor_a, factor_b, held=base.held, bias=base.bias).to(base.returns)
 
@@ -223,13 +319,14 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         """ΔW of an adapter, (out, in): float32 for a factor dtype below that, the factors' own otherwise."""
         factor_a, factor_b, logits = self.factors(adapter_name)
         precise = torch.promote_types((factor_b or factor_a)[0].dtype, torch.float32)
-        return delta_weight(
+        delta = delta_weight(
             self.moka_plan[adapter_name],
             self.moka_config[adapter_name],
             [factor.to(precise) for factor in factor_a],
             [factor.to(precise) for factor in factor_b],
             None if logits is None else logits.to(precise),
         )
+        return delta if self.moka_multiplier[adapter_name] == 1.0 else delta * self.moka_multiplier[adapter_name]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -251,8 +348,9 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 )
             if self.quantization_backend is not None:
                 warnings.warn(
-                    f"merging into a {self.quantization_backend.backend_name} layer encodes it again: the result is "
-                    "W + ΔW rounded to that format. Merge into a float base for the exact sum.",
+                    f"merging into a {self.quantization_backend.backend_name} layer encodes it again, and what of ΔW "
+                    "is small against the gaps between its levels is lost. moka_torch.merge(model, dtype="
+                    "torch.bfloat16) gives a dense model that keeps it.",
                     stacklevel=2,
                 )
             self.set_base_weight(merged)
@@ -272,6 +370,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         refuse_repacked(self.get_base_layer())
         weight = self.get_base_weight()
         delta = self.get_delta_weight(adapter_name)
+        delta = delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
         precise = torch.promote_types(weight.dtype, delta.dtype)
         return (weight.to(precise) + sign * delta.to(weight.device, precise)).to(weight.dtype)
 
@@ -287,13 +386,15 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
 
 
-def refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    """Raise a ConfigError if a forward call asks for a different adapter for each sample."""
-    if kwargs.get("adapter_names") is not None:
-        raise ConfigError(
-            "adapter_names: MoKA layers use the same adapters for every sample of a batch; got "
-            f"{kwargs['adapter_names']!r}. Call the model once for each adapter, with set_adapter between."
-        )
+def check_multiplier(scale: Any) -> float:
+    """`scale`, if it is a finite number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ConfigError(f"scale: expected a finite number; got {scale!r}")
+    return float(scale)
 
 
 def _entry(container: nn.ModuleDict, adapter_name: str) -> nn.ParameterDict:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from moka_core.adapter import DTYPES, raise_problems, tensor_problems
+from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems, tensor_problems
 from moka_torch.linear import MokaLinear
 
 CHECKPOINT_PREFIX = "base_model.model."
@@ -22,25 +26,38 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MokaLinear]
     }
 
 
-def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Return if `state_dict`, as it stands in a file, is exactly this adapter's.
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], bias: str = "none") -> None:
+    """Return if `state_dict` is exactly this adapter's.
+
+    Biases and embeddings of the base are let pass, with a warning: PEFT saves them with `bias`, with
+    `save_embedding_layers`, and after the vocabulary was resized, and nothing but the file tells so.
 
     Args:
         model: a model that carries the adapter's layers.
-        state_dict: tensors by the names of the file format, `base_model.model.<path>.moka_factor_a.<group>`.
+        state_dict: tensors by the names of the file format, `base_model.model.<path>.moka_factor_a.<group>`. PEFT has
+            renamed those of `modules_to_save` to what they are called in the model.
+        bias: the config's; biases that it announces come without a warning.
 
     Raises:
         AdapterError: keys missing or unexpected, shapes, dtypes, or entries that are not finite; all listed.
     """
     layers = adapted_layers(model, adapter_name)
     found: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    problems = []
+    whole, parts = _module_prefixes(model, adapter_name), _base_names(model)
+    problems, of_base = [], []
     for key, tensor in state_dict.items():
-        path, _, name = key.removeprefix(CHECKPOINT_PREFIX).rpartition(".moka_")
+        name = key.removeprefix(CHECKPOINT_PREFIX)
+        path, _, own = name.rpartition(".moka_")
         if path in found:
-            found[path][name] = tensor
-        else:
+            found[path][own] = tensor
+            continue
+        if name in parts and not name.startswith(whole):
+            of_base += [] if bias != "none" and name.endswith("bias") else [name]
+        elif not name.startswith(whole):
             problems.append(f"{key}: unexpected; the adapter has no such tensor")
+            continue
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            problems.append(f"{key}: has NaN or infinite entries")
     for path, layer in layers.items():
         plan, config = layer.moka_plan[adapter_name], layer.moka_config[adapter_name]
         arrays = {name: tensor.detach().to("cpu", torch.float32).numpy() for name, tensor in found[path].items()}
@@ -48,5 +65,32 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         for name, tensor in found[path].items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in DTYPES:
-                problems.append(f"{path}: {name} expected dtype {' or '.join(DTYPES)}, got {dtype}")
+                problems.append(f"{path}: {name} expected dtype {DTYPE_NAMES}, got {dtype}")
     raise_problems(sorted(problems), f"adapter {adapter_name!r} does not fit the model, nothing was loaded")
+    if of_base:
+        warnings.warn(
+            f"adapter {adapter_name!r} brings {', '.join(sorted(of_base))} of the base model along; they replace what "
+            "this model has",
+            stacklevel=2,
+        )
+
+
+def _module_prefixes(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """The beginnings of the names of what `modules_to_save` trains."""
+    return tuple(
+        f"{path.removeprefix(CHECKPOINT_PREFIX)}.modules_to_save.{adapter_name}."
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    )
+
+
+def _base_names(model: nn.Module) -> set[str]:
+    """The names of the base's biases and embeddings, input's and output's."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    embeddings = {id(layer) for layer in layers if layer is not None}
+    names = {name for name, _ in base.named_parameters() if name.rpartition(".")[2] == "bias"}
+    for path, module in base.named_modules():
+        if id(module) in embeddings:
+            names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
+    return names

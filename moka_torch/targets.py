@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from moka_core import LayerPlan, MokaConfig, plan_layer, plan_model
 from moka_core.adapter import raise_problems
 from moka_core.errors import ConfigError, TargetError
-from moka_core.plan import ALL_LINEAR, matches
+from moka_core.plan import ALL_LINEAR, check_patterns, matches
 from moka_torch.linear import MokaLinear
 
 _RESERVED = ("base_layer", *MokaLinear.adapter_layer_names, *MokaLinear.other_param_names)
 
 
-def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
+def plan_targets(
+    config: MokaConfig, model: nn.Module, excluded: Callable[[str], bool] = lambda path: False
+) -> dict[str, LayerPlan]:
     """The plan of every layer that `config` targets, by its path in `model`.
+
+    Args:
+        excluded: whether a module is left out although a target matches its path.
 
     Raises:
         TargetError: a target matches no linear layer (near misses are given), or matches a module with
@@ -35,9 +41,11 @@ def plan_targets(config: MokaConfig, model: nn.Module) -> dict[str, LayerPlan]:
             layers[path] = dims
     if config.target_modules != ALL_LINEAR and config.target_modules != (ALL_LINEAR,):
         for path, module in modules.items():
-            if path not in layers and matches(config.target_modules, path) and _has_weights(module):
+            if path in layers or excluded(path) or not matches(config.target_modules, path):
+                continue
+            if _has_weights(module):
                 refuse_module(path, module, **kwargs)
-    plans = plan_model(config, layers)
+    plans = plan_model(config, layers, excluded={path for path in layers if excluded(path)})
     for path in plans:
         refuse_module(path, modules[path], **kwargs)
     return plans
@@ -61,14 +69,18 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
             problems.append(f"{path}: the adapter is for {key}, the model's layer is {dims[0]}x{dims[1]}")
         else:
             refuse_module(path, modules[path], **kwargs)
-            plans[path] = plan_layer(config, *dims)
+            plans[path] = plan_layer(config.for_layer(path, *dims), *dims)
     raise_problems(problems, "the adapter does not fit the model")
+    check_patterns(config, plans)
     return plans
 
 
 def linear_dims(module: nn.Module, **kwargs: Any) -> tuple[int, int] | None:
     """(out_features, in_features) of a linear layer, quantised or adapted ones too; None for anything else."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, Conv1D):
+        rows, columns = base.weight.shape  # (in, out)
+        return int(columns), int(rows)
     if not isinstance(base, nn.Linear):
         backend = resolve_quantization_backend(base, **kwargs)
         if backend is None or backend.layer_type != "linear":
@@ -91,8 +103,9 @@ def refuse_module(path: str, module: nn.Module, **kwargs: Any) -> tuple[int, int
     dims = linear_dims(module, **kwargs)
     if dims is None:
         raise TargetError(
-            f"{path}: target_modules matches it, but it is a {type(module).__name__}; supported are torch.nn.Linear "
-            "and quantised linear layers that PEFT knows. Narrow target_modules down to linear layers."
+            f"{path}: target_modules matches it, but it is a {type(module).__name__}; supported are torch.nn.Linear, "
+            "transformers' Conv1D and quantised linear layers that PEFT knows. Narrow target_modules down to linear "
+            "layers."
         )
     return dims
 

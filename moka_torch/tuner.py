@@ -1,156 +1,41 @@
-"""MoKA as a PEFT method: the config that stands in adapter_config.json, and the tuner that PEFT drives."""
+"""MoKA as a PEFT method: the tuner that PEFT drives, and its place in PEFT's tables."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import enum
+import functools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import nn
 
 import moka_core
-from moka_core.config import RUNTIME_FIELDS, check_keys
+from moka_core.config import Identity
 from moka_core.errors import ConfigError
 from moka_torch.base_weight import refuse_special
+from moka_torch.combine import check_weights, combine
+from moka_torch.config import MokaConfig, MokaPeftType
 from moka_torch.fingerprint import check_fingerprint
-from moka_torch.linear import MokaLinear, refuse_adapter_names
+from moka_torch.linear import BASE, MokaLinear
 from moka_torch.loading import check_state_dict
 from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, refuse_module
 
-FORMAT_VERSION = 1
 PREFIX = "moka_"
+_CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 DEFAULT_TARGETS = {
     model_type: ["q_proj", "v_proj"]
     for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 }
-
-
-class MokaPeftType(str, enum.Enum):  # noqa: UP042  PEFT reads str(type) as "Class.NAME", which StrEnum is not
-    """The method's name in PEFT's tables, and in the JSON; a `str` that equals and hashes like "MOKA"."""
-
-    MOKA = "MOKA"
-
-
-@dataclass
-class MokaConfig(PeftConfig):
-    """PEFT's fields and those of `moka_core.MokaConfig`, as they stand in adapter_config.json.
-
-    Args:
-        shapes: explicit plans, {"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}; after `get_peft_model`
-            the model's own copy of the config states the plan of every adapted layer here.
-        target_modules: as in `moka_core.MokaConfig`; None takes q_proj and v_proj on a LLaMA-like model.
-        execution: as in `moka_core.MokaConfig`; adapter_config.json does not hold it. It can be given when a folder is
-            loaded: `PeftModel.from_pretrained(model, folder, execution=...)`. PEFT passes it on neither from
-            `load_adapter` nor together with `config`: set it on that config, or `execution` on the layers.
-        format_version: of the adapter folder.
-        base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
-        layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`. If it is there already,
-            as in a saved adapter, it decides which layers are adapted, and `target_modules` is not read.
-
-    The other fields are described in `moka_core.MokaConfig`. What PEFT offers for other methods and this
-    one does not do (modules_to_save, exclude_modules, layers_to_transform, bias, …) is no field: passing it
-    is an error, and so is an unknown key in a file.
-
-    Raises:
-        ConfigError: a field is invalid, or the file is of a later format.
-
-    >>> MokaConfig(r=4, num_shapes=2, target_modules=["q_proj"]).to_core().r
-    4
-    """
-
-    r: int = 10
-    num_shapes: int = 5
-    block_entries: int = 4096
-    shapes: dict[str, Any] = field(default_factory=dict)
-    gate: str = "softmax"
-    scaling: str = "none"
-    scale: float = 1.0
-    identity: str = "none"
-    zero_factor: str = "b"
-    dropout: float = 0.1
-    target_modules: list[str] | str | None = None
-    execution: str = "auto"
-    format_version: int = FORMAT_VERSION
-    base_fingerprint: str | None = None
-    layers: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = MokaPeftType.MOKA
-        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"format_version: expected {FORMAT_VERSION}; got {self.format_version!r}. A later version of moka "
-                "wrote this adapter; upgrade moka to read it."
-            )
-        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
-            raise ConfigError(f"base_fingerprint: expected a hexadecimal digest or null; got {self.base_fingerprint!r}")
-        named = isinstance(self.layers, dict) and all(isinstance(key, str) for key in self.layers.values())
-        if not named:
-            raise ConfigError(f'layers: expected {{"path": "OUTxIN", ...}}; got {self.layers!r}')
-        if isinstance(self.target_modules, (set, frozenset)):
-            self.target_modules = sorted(self.target_modules)
-        core = self._core("all-linear" if self.target_modules is None else self.target_modules)
-        self.shapes = core.to_dict()["shapes"]
-        if self.target_modules is not None:
-            self.target_modules = core.to_dict()["target_modules"]
-
-    def to_core(self) -> moka_core.MokaConfig:
-        """The same settings as the value that both backends share.
-
-        Raises:
-            ConfigError: a field is invalid, or `target_modules` was left to the model and no model is known yet.
-        """
-        if self.target_modules is None:
-            raise ConfigError("target_modules: expected names of layers; got None, which only a model can resolve")
-        return self._core(self.target_modules)
-
-    @classmethod
-    def from_core(cls, config: moka_core.MokaConfig, **peft_fields: Any) -> MokaConfig:
-        """The PEFT config with these settings; `peft_fields` are PEFT's own, such as task_type."""
-        return cls(**config.to_dict(), **peft_fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What stands in adapter_config.json: every field that says what the adapter is, not how it is computed."""
-        return {key: value for key, value in super().to_dict().items() if key not in RUNTIME_FIELDS}
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> MokaConfig:
-        """The config in a folder or on the Hub; `execution` is the caller's, everything else the file's.
-
-        Raises:
-            ConfigError: a field is invalid, or a key of the file is unknown.
-        """
-        runtime = {key: kwargs.pop(key) for key in RUNTIME_FIELDS if key in kwargs}
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        return dataclasses.replace(config, **{key: value for key, value in runtime.items() if value is not None})
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook on what a file holds: an unknown key is an error here, where PEFT would drop it.
-
-        Raises:
-            ConfigError: a key is unknown.
-        """
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in RUNTIME_FIELDS]
-        check_keys(kwargs, names, where="adapter_config.json")
-        return kwargs
-
-    def _core(self, targets: Any) -> moka_core.MokaConfig:
-        names = [field.name for field in dataclasses.fields(moka_core.MokaConfig)]
-        values = {name: getattr(self, name) for name in names}
-        return moka_core.MokaConfig.from_dict({**values, "target_modules": targets})
 
 
 class MokaModel(BaseTuner):
@@ -194,21 +79,28 @@ class MokaModel(BaseTuner):
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
         core = config.to_core()
-        plans = plan_stated(core, config.layers, model) if config.layers else plan_targets(core, model)
+        if config.layers:
+            plans = plan_stated(core, config.layers, model)
+        else:
+            plans = plan_targets(core, model, functools.partial(_excluded, config))
+            _warn_of_idle_exclusion(config, model)
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
         config.base_fingerprint = check_fingerprint(config.base_fingerprint, model)
         config.layers = {path: plan.key for path, plan in plans.items()}
-        config.shapes = {plan.key: [group.to_list() for group in plan.groups] for _, plan in sorted(plans.items())}
+        config.state(plans)
         self.peft_config[adapter_name] = config
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and
         # writes "all-linear" out); it is handed exactly the planned paths, and the config keeps what the user wrote.
-        targets, config.target_modules = config.target_modules, "|".join(map(re.escape, plans))
+        chosen = {name: getattr(config, name) for name in ("target_modules", *_CHOICE_FIELDS)}
+        config.target_modules = "|".join(map(re.escape, plans))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
         finally:
-            config.target_modules = targets
+            for name, value in chosen.items():
+                setattr(config, name, value)
 
     def _create_and_replace(  # type: ignore[override]  # PEFT hands over the config that it was given
         self,
@@ -220,33 +112,208 @@ class MokaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        core = dataclasses.replace(peft_config.to_core(), target_modules=("unused",))
         kwargs = get_quantization_kwargs(self.model)
-        out_features, in_features = refuse_module(current_key, target, **kwargs)
-        plan = moka_core.plan_layer(core, out_features, in_features)
+        dims = refuse_module(current_key, target, **kwargs)
+        core = peft_config.to_core().for_layer(current_key, *dims)
+        plan = moka_core.plan_layer(core, *dims)
+        init_weights = peft_config.init_weights
         if isinstance(target, MokaLinear):
-            target.update_layer(adapter_name, plan=plan, config=core, inference_mode=peft_config.inference_mode)
+            inference_mode = peft_config.inference_mode
+            target.update_layer(
+                adapter_name, plan=plan, config=core, init_weights=init_weights, inference_mode=inference_mode
+            )
             return
-        layer = MokaLinear(target, adapter_name, plan=plan, config=core, **kwargs)
+        layer = MokaLinear(target, adapter_name, plan=plan, config=core, init_weights=init_weights, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook around every forward: without it PEFT drops `adapter_names` and computes something else."""
-        refuse_adapter_names(kwargs)
-        yield
+        """PEFT's hook around every forward and generate: hands `adapter_names`, one a sample, to the adapted layers.
+
+        Raises:
+            ConfigError: a name is unknown, or the model is in training mode.
+        """
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        beams = kwargs.get("num_beams") or 1  # generate repeats every sample that often, but not before the encoder
+        get_encoder: Any = getattr(self.model, "get_encoder", None)
+        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = set(get_encoder().modules()) if get_encoder is not None and is_pair else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (MokaLinear, AuxiliaryTrainingWrapper)):
+                repeats = 1 if module in encoder else beams
+                own = [name for name in names for _ in range(repeats)]
+                hook = functools.partial(_hand_over, adapter_names=own)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any) -> None:
+        if self.training:
+            raise ConfigError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; to train, "
+                "choose the adapter with set_adapter."
+            )
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"adapter_names: expected a list of names, one a sample; got {names!r}")
+        unknown = sorted(set(names) - {BASE} - set(self.peft_config))
+        if unknown:
+            raise ConfigError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are "
+                f"{', '.join(self.peft_config)}, and {BASE!r} for none."
+            )
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply an adapter's ΔW by `scale` in every layer; 1 is what its config says. Not saved with it.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ConfigError(f"adapter_name: expected one of {', '.join(self.peft_config)}; got {adapter_name!r}")
+        for module in self.modules():
+            if isinstance(module, MokaLinear):
+                module.set_scale(adapter_name, scale)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        dropout: float | None = None,
+    ) -> None:
+        """Add an adapter with ΔW = Σ_n weights[n] · ΔW_n: the exact sum, since a sum of mixtures is a mixture.
+
+        It has all terms of the adapters that it is made of (see `moka_torch.combine.combine`), is not active, and can
+        be trained on, saved and exported like any other.
+
+        Args:
+            adapters: names of adapters on this model.
+            weights: of each, of either sign.
+            adapter_name: of the new adapter.
+            combination_type: "cat", the exact sum; PEFT's other types are approximations that this does not need.
+            dropout: of the new adapter in training; needed if the adapters differ in it.
+
+        Raises:
+            ConfigError: see `check_weights`; the type is another, the adapters differ in dropout, train more than
+                mixtures, or the name is unusable.
+        """
+        if combination_type != "cat":
+            raise ConfigError(
+                f"combination_type: expected 'cat', the exact weighted sum; got {combination_type!r}, which would only "
+                "approximate it"
+            )
+        chosen = check_weights(adapters, weights, self.peft_config)
+        check_adapter_name(adapter_name, self.model)
+        configs: list[Any] = [self.peft_config[name] for name in chosen]
+        beyond = [field for config in configs for field in config.beyond_mixture]
+        if beyond:
+            raise ConfigError(f"adapters: {' and '.join(beyond)} train more than mixtures, of which there is no sum")
+        rates = sorted({config.dropout for config in configs} if dropout is None else {dropout})
+        if len(rates) > 1:
+            raise ConfigError(f"dropout: the adapters have {' and '.join(map(str, rates))}; say which it should be")
+        kinds = {config.to_core().identity for config in configs}
+        identity: Identity = kinds.pop() if len(kinds) == 1 else "none"
+        layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, MokaLinear)}
+        combined = {}
+        for path, layer in layers.items():
+            own = {name: weight for name, weight in chosen.items() if name in layer.moka_plan}
+            if own:
+                combined[path] = combine(layer, own, identity=identity, dropout=rates[0])
+        targets = tuple(sorted(combined))
+        settings = {
+            path: (dataclasses.replace(own, target_modules=targets, num_shapes=1), plan)
+            for path, (own, plan, _) in combined.items()
+        }
+        self.peft_config[adapter_name] = MokaConfig.from_core(
+            moka_core.MokaConfig.of_layers(settings),
+            task_type=configs[0].task_type,
+            base_model_name_or_path=configs[0].base_model_name_or_path,
+            base_fingerprint=configs[0].base_fingerprint,
+            layers={path: plan.key for path, (_, plan, _) in combined.items()},
+            inference_mode=True,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ConfigError:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for path, (_, _, tensors) in combined.items():
+                for name, parameter in layers[path].tensors(adapter_name).items():
+                    parameter.copy_(tensors[name])
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's hook on saving: says what a file cannot hold."""
+        for module in model.modules():
+            if isinstance(module, MokaLinear) and module.moka_multiplier.get(adapter_name, 1.0) != 1.0:
+                warnings.warn(
+                    f"adapter {adapter_name!r} is saved as its config says, without the factor that set_scale or "
+                    "scale_layer has put on it",
+                    stacklevel=2,
+                )
+                break
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's hook on loading: strict here, where PEFT takes extra keys, NaNs and missing keys."""
-        check_state_dict(model, adapter_name, state_dict)
+        check_state_dict(model, adapter_name, state_dict, getattr(config, "bias", "none"))
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+def _excluded(config: MokaConfig, path: str) -> bool:
+    """Whether PEFT's rules leave a module out: exclude_modules, modules_to_save, layers_to_transform."""
+    named = isinstance(config.target_modules, list) and config.target_modules != ["all-linear"]
+    rules = SimpleNamespace(
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        target_modules=config.target_modules if named else [path],
+        target_parameters=None,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return not check_target_module_exists(rules, path)
+
+
+def _warn_of_idle_exclusion(config: MokaConfig, model: nn.Module) -> None:
+    if not config.exclude_modules:
+        return
+    rules = SimpleNamespace(exclude_modules=config.exclude_modules, target_modules=[], target_parameters=None)
+    if not any(check_target_module_exists(rules, path) is not False for path, _ in model.named_modules() if path):
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. Check that it "
+            "names modules of this model.",
+            stacklevel=2,
+        )
+
+
+def _hand_over(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _base_layer(module: nn.Module) -> nn.Module:

@@ -76,7 +76,9 @@ def test_bfloat16_is_exported_as_it_is_and_imported_exactly(load, settings):
     for name, array in exported.items():
         assert np.array_equal(array.astype(np.float32), again[name])
     model.base_model.model.model.layers[0].self_attn.q_proj.moka_gate_logits.half()
-    with pytest.raises(AdapterError, match=r"q_proj: gate_logits: expected float32 or bfloat16; got torch\.float16"):
+    assert arrays(export_adapter(model))["model.layers.0.self_attn.q_proj.gate_logits"].dtype == np.float16
+    model.base_model.model.model.layers[0].self_attn.q_proj.moka_gate_logits.double()
+    with pytest.raises(AdapterError, match=r"q_proj: gate_logits: expected float32, .*float16; got torch\.float64"):
         export_adapter(model)
 
 

@@ -163,8 +163,8 @@ def test_eight_bit_base():
 def test_refusals():
     case = CASES[0]
     layer, _ = layer_of(case)
-    with pytest.raises(ConfigError, match=r"adapter_names: .* got \['one', 'two'\]"):
-        layer(torch.randn(2, 64), adapter_names=["one", "two"])
+    with pytest.raises(ConfigError, match=r"Length of `adapter_names` should be the same .*, but got 2 and 3"):
+        layer(torch.randn(3, 64), adapter_names=["one", "two"])
     with pytest.raises(ConfigError, match=r"x: expected \(\.\.\., 64\); got \(4, 32\)"):
         layer(torch.randn(4, 32), execution="merged")
     config = MokaConfig(r=1)

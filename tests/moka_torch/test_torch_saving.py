@@ -88,10 +88,10 @@ def test_strict_loading_lists_every_problem_at_once(load, folder):
     del tensors[layer + "factor_a.0"]
     tensors[layer + "factor_a.9"] = torch.ones(2)
     tensors[layer + "factor_b.0"] = tensors[layer + "factor_b.0"].transpose(0, 1).contiguous()
-    tensors[layer + "factor_b.1"] = tensors[layer + "factor_b.1"].half()
+    tensors[layer + "factor_b.1"] = tensors[layer + "factor_b.1"].double()
     tensors[layer + "gate_logits"][1] = float("nan")
     tensors["base_model.model.lm_head.moka_gate_logits"] = torch.ones(5)
-    tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(96, 64)
+    tensors["base_model.model.model.norm.weight"] = torch.ones(64)
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(AdapterError) as caught:
         PeftModel.from_pretrained(load(), folder)
@@ -99,9 +99,9 @@ def test_strict_loading_lists_every_problem_at_once(load, folder):
     assert str(caught.value).splitlines() == [
         "adapter 'default' does not fit the model, nothing was loaded (7 problems):",
         "  base_model.model.lm_head.moka_gate_logits: unexpected; the adapter has no such tensor",
-        "  base_model.model.model.embed_tokens.weight: unexpected; the adapter has no such tensor",
+        "  base_model.model.model.norm.weight: unexpected; the adapter has no such tensor",
         f"  {where}factor_b.0 expected shape (3, 8, 8), got (8, 3, 8)",
-        f"  {where}factor_b.1 expected dtype float32 or bfloat16, got float16",
+        f"  {where}factor_b.1 expected dtype float32, bfloat16 or float16, got float64",
         f"  {where}gate_logits has NaN or infinite entries",
         f"  {where}missing factor_a.0 (3, 8, 8)",
         f"  {where}unexpected factor_a.9",

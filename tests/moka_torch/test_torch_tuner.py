@@ -9,16 +9,16 @@ import json
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 import moka_core
+import moka_torch.config
 import moka_torch.mixture
-import moka_torch.tuner
 from moka_core import AdapterError, ConfigError, TargetError, plan_model
 from moka_torch import MokaConfig, MokaLinear, MokaModel, attach, import_adapter, model_fingerprint, register
-from moka_torch.tuner import MokaPeftType
+from moka_torch.config import MokaPeftType
 from tests.moka_torch.conftest import IDS, logits, random_adapter
 
 CONFIG = {"r": 3, "num_shapes": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -53,7 +53,7 @@ def test_what_peft_reports(load):
     assert "default: 2·(8x8) ⊗ (8x8)" in repr(model)
 
 
-@pytest.mark.parametrize("module", [moka_torch.mixture, moka_torch.tuner])
+@pytest.mark.parametrize("module", [moka_torch.mixture, moka_torch.config])
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0
 
@@ -89,7 +89,9 @@ def test_config_is_validated_when_built(fields, message):
         MokaConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["modules_to_save", "exclude_modules", "layers_to_transform", "bias", "lora_alpha"])
+@pytest.mark.parametrize(
+    "name", ["rank_dropout", "use_dora", "target_parameters", "trainable_token_indices", "lora_alpha"]
+)
 def test_what_is_not_supported_is_not_accepted(name, tmp_path):
     with pytest.raises(TypeError, match=name):
         MokaConfig(**{name: None})
@@ -265,12 +267,6 @@ def test_state_dict_injection_is_refused(load):
     with pytest.raises(ConfigError, match="state_dict: MoKA takes the layers to adapt from the config"):
         peft.inject_adapter_in_model(MokaConfig(**CONFIG), load(), state_dict={})
     assert adapted(peft.inject_adapter_in_model(MokaConfig(**CONFIG), load()))
-
-
-def test_adapter_names_for_each_sample_are_refused(load):
-    model: PeftModel = attach(load(), MokaConfig(**CONFIG))
-    with pytest.raises(ConfigError, match="adapter_names: MoKA layers use the same adapters for every sample"):
-        model(IDS, adapter_names=["default"])
 
 
 def test_unknown_architecture_needs_targets():
