@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-peft test-all lint format clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: install    ## fine-tune a real model in JAX, take the adapter to PyTorch, 
 
 test: install    ## the default tests
 	$(BIN)/python -m pytest -q
+
+test-peft: install  ## PEFT's own tests, of the installed version, on MoKA
+	$(BIN)/python -m tests.peft_suite
 
 test-all: install  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "not gpu"
