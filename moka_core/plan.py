@@ -243,7 +243,7 @@ def plan_model(
 
     Args:
         layers: (out_features, in_features) of every linear layer of the model, by dotted path.
-        excluded: paths of layers that are left out although a target matches them.
+        excluded: paths of modules, linear layers or not, that are left out although a target matches them.
 
     Raises:
         TargetError: a target matched no layer (the message lists near misses), or all that match are excluded.
@@ -254,7 +254,7 @@ def plan_model(
         targets = ALL_LINEAR
     rules: list[Sequence[str] | str] = [targets] if isinstance(targets, str) else [[target] for target in targets]
     for rule in rules:
-        if not any(matches(rule, path) for path in layers):
+        if not any(matches(rule, path) for path in (*layers, *excluded)):
             raise TargetError(_no_match(rule if isinstance(rule, str) else rule[0], layers))
     targeted = {path: dims for path, dims in layers.items() if matches(targets, path)}
     chosen = {path: dims for path, dims in targeted.items() if path not in excluded}

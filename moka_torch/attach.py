@@ -47,7 +47,8 @@ def attach(
     if isinstance(config, moka_core.MokaConfig):
         config = MokaConfig.from_core(config, task_type=_task_type(model))
     if execution is not None:
-        config = dataclasses.replace(config, execution=execution)
+        config = config.as_given()
+        config.execution = execution
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -79,9 +80,9 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
     core = dataclasses.replace(config.to_core(), execution="auto")  # how it was computed is no part of it
     layers = {}
     for path, layer in adapted_layers(peft_model, adapter_name).items():
-        if layer.moka_multiplier[adapter_name] != 1.0:
+        if layer.multiplier(adapter_name) != 1.0:
             raise AdapterError(
-                f"{path}: set_scale or scale_layer has put the factor {layer.moka_multiplier[adapter_name]} on adapter "
+                f"{path}: set_scale or scale_layer has put the factor {layer.multiplier(adapter_name)} on adapter "
                 f"{adapter_name!r}, which is no part of it; undo it with unscale_layer or set_scale(name, 1)"
             )
         arrays = {name: _to_numpy(tensor, f"{path}: {name}") for name, tensor in layer.tensors(adapter_name).items()}

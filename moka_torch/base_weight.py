@@ -67,12 +67,12 @@ def refuse_special(execution: str, bases: dict[str, nn.Module]) -> None:
 def base_weight(base: nn.Module, x: Tensor) -> BaseWeight | None:
     """The layer's weight and how it would multiply x; None if it has to be called itself, now or always.
 
-    That is so if it is `special`, has hooks, is trained, has no values yet, or has been repacked by bitsandbytes.
+    That is so if it is `special`, has hooks, has no values yet, or has been repacked by bitsandbytes.
     """
     if special(base) is not None or any(getattr(base, hooks, None) for hooks in _HOOKS):
         return None
     weight: Any = base.weight
-    if weight.requires_grad or weight.device.type == "meta":
+    if weight.device.type == "meta":
         return None
     bias: Any = base.bias
     if type(base) is nn.Linear:

@@ -40,7 +40,7 @@ def combine(
         factor_a, factor_b, logits = layer.factors(name)
         stored = (factor_b or factor_a)[0]
         k = coefficients(plan, config, logits, dtype=torch.float64, device=stored.device)
-        k = k * (weight * layer.moka_multiplier[name])
+        k = k * (weight * layer.multiplier(name))
         for index, (group, own) in enumerate(zip(plan.groups, k.split([g.copies for g in plan.groups]), strict=True)):
             a = _factor(factor_a[index] if factor_a else None, group, "a", identity, stored)
             b = _factor(factor_b[index] if factor_b else None, group, "b", identity, stored)

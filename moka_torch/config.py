@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ OPTIONAL_FIELDS = (
     "bias",
 )
 # Fields that say how an adapter is made or computed, not what it is.
+# What `get_peft_model` fills in, from the model.
+STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint")
 BIASES = ("none", "all", "moka_only")
 OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights")
 
@@ -41,9 +44,10 @@ class MokaConfig(PeftConfig):
 
     Args:
         shapes: explicit plans, {"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}; after `get_peft_model`
-            the model's own copy of the config states the plan of every adapted layer here, or under its path in
+            this states the plan of every adapted layer, or it stands under the layer's path in
             `shapes_pattern`.
-        target_modules: as in `moka_core.MokaConfig`; None takes q_proj and v_proj on a LLaMA-like model.
+        target_modules: as in `moka_core.MokaConfig`; None takes what PEFT takes for LoRA on this
+            type of model: q_proj and v_proj on a LLaMA-like one.
         exclude_modules: names or one regular expression, matched as by `target_modules`: layers that are left out.
         layers_to_transform: the number, or numbers, of the model's layers to adapt; needs `target_modules` as a list.
         layers_pattern: name, or names, of the list of layers that those numbers count; any list if None.
@@ -153,14 +157,32 @@ class MokaConfig(PeftConfig):
         """The fields that make the adapter train more than mixtures, which no other backend can take over."""
         return [name for name in ("modules_to_save", "bias") if getattr(self, name) not in (None, [], "none")]
 
-    def state(self, plans: Mapping[str, moka_core.LayerPlan]) -> None:
-        """Write the plan of every adapted layer, by path, into this config; see `moka_core.MokaConfig.of_layers`."""
-        core = self._core("all-linear")
-        own = {path: core.for_layer(path, plan.out_features, plan.in_features) for path, plan in plans.items()}
-        layers = {path: (own[path], plan) for path, plan in plans.items()}
+    def stated(self, plans: Mapping[str, moka_core.LayerPlan], base_fingerprint: str | None) -> MokaConfig:
+        """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`."""
+        copied, core = copy.deepcopy(self), self.to_core()
+        layers = {p: (core.for_layer(p, plan.out_features, plan.in_features), plan) for p, plan in plans.items()}
         written = moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale).to_dict()
         for name in ("shapes", *PATTERN_FIELDS):
-            setattr(self, name, written[name])
+            setattr(copied, name, written[name])
+        copied.layers = {path: plan.key for path, plan in plans.items()}
+        copied.base_fingerprint = base_fingerprint
+        return copied
+
+    def as_given(self) -> MokaConfig:
+        """A copy without what `stated` wrote into it for a model: as its user gave it, or as a file holds it."""
+        copied = copy.deepcopy(self)
+        for name, value in vars(copied).get("_given", {}).items():
+            setattr(copied, name, value)
+        vars(copied)["_given"] = {name: copy.deepcopy(getattr(copied, name)) for name in STATED_FIELDS}
+        return copied
+
+    def take_over(self, stated: MokaConfig) -> MokaConfig:
+        """The config to keep for a model: this very object, brought to `stated`, as PEFT's users expect; or `stated`
+        itself, if this object says something else for another model already."""
+        if "_given" in vars(self) and any(getattr(self, name) != getattr(stated, name) for name in STATED_FIELDS):
+            return stated
+        vars(self).update(vars(stated))
+        return self
 
     def to_core(self) -> moka_core.MokaConfig:
         """The same settings as the value that both backends share.

@@ -30,7 +30,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     Holds for every adapter name n, with the shape groups g of its plan:
     moka_factor_a[n][str(g)] is (copies, a_out, a_in), moka_factor_b[n][str(g)] is (copies, b_out, b_in),
-    moka_gate_logits[n] is (terms,). What is a fixed identity, or the gate of an ungated mixture, is absent.
+    moka_gate_logits[n] is (terms,); scaling[n] is what multiplies ΔW, its config's scale at first. What is a fixed
+    identity, or the gate of an ungated mixture, is absent.
     With PEFT's key handling this gives the names of the file format, `<path>.moka_factor_a.<group>`.
 
     How ΔW dropout(x) is computed is chosen in every forward: by the call's `execution`, or the layer's, or that of the
@@ -51,7 +52,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moka_factor_a", "moka_factor_b", "moka_gate_logits")
-    other_param_names = ("moka_dropout", "moka_plan", "moka_config", "moka_multiplier")
+    other_param_names = ("moka_dropout", "moka_plan", "moka_config", "scaling")
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
-        self.moka_multiplier: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
         self._execution: Execution | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -122,7 +123,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.moka_plan[adapter_name] = plan
         self.moka_config[adapter_name] = config
-        self.moka_multiplier[adapter_name] = 1.0
+        self.scaling[adapter_name] = config.scale
         self.reset_parameters(adapter_name, init_weights=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -231,7 +232,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 config = dataclasses.replace(config, dropout=dropout.p)
             keep = dropout(torch.ones_like(x)).bool()
         y = moka_apply(x, self.moka_plan[name], config, *self.factors(name), execution=execution, keep=keep)
-        return y if self.moka_multiplier[name] == 1.0 else y * self.moka_multiplier[name]
+        multiplier = self.multiplier(name)
+        return y if multiplier == 1.0 else y * multiplier
 
     def _forward_by_sample(
         self, x: Tensor, adapter_names: Sequence[str], args: Any, kwargs: Any, execution: Execution | None
@@ -259,36 +261,40 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 f"Merged are {', '.join(self.merged_adapters)}."
             )
 
-    @property
-    def scaling(self) -> dict[str, float]:
-        """What ΔW of every adapter is multiplied by: its config's `scale` times what `set_scale` has put on it."""
-        return {name: self.moka_config[name].scale * value for name, value in self.moka_multiplier.items()}
+    def multiplier(self, adapter_name: str) -> float:
+        """What `set_scale` and its like have put on an adapter's ΔW, on top of its config's `scale`; 1 at first."""
+        return self.scaling[adapter_name] / self.moka_config[adapter_name].scale
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply ΔW of an adapter by `scale`, from 1; a layer without that adapter is left alone."""
-        if adapter_name in self.moka_multiplier:
+        if adapter_name in self.scaling:
             self._refuse_merged(adapter_name)
-            self.moka_multiplier[adapter_name] = check_multiplier(scale)
+            self.scaling[adapter_name] = check_multiplier(scale) * self.moka_config[adapter_name].scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiply ΔW of the active adapters by `scale`, on top of what is on them."""
         for name in self._present(self.active_adapters):
-            self.set_scale(name, self.moka_multiplier[name] * check_multiplier(scale))
+            self.set_scale(name, self.multiplier(name) * check_multiplier(scale))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide ΔW of the active adapters by `scale`, or undo all that was put on them if None."""
         if scale == 0:
             raise ConfigError("scale: expected a number other than 0 to divide by; give none to undo all scaling")
         for name in self._present(self.active_adapters):
-            self.set_scale(name, 1.0 if scale is None else self.moka_multiplier[name] / check_multiplier(scale))
+            self.set_scale(name, 1.0 if scale is None else self.multiplier(name) / check_multiplier(scale))
 
     def _refuse_merged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
             raise ConfigError(f"adapter {adapter_name!r} is merged; unmerge it before its scale is changed")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` can take ΔW to be a LoRA's: always, ΔW being a sum to W."""
-        return True
+        """Whether `peft.convert_to_lora` can do anything useful: not for MoKA_s.
+
+        Every singular value of I ⊗ S stands there as often as the identity is large, so that a LoRA of less than full
+        rank would leave out whole directions at random.
+        """
+        config = self.moka_config.get(adapter_name)
+        return config is None or config.identity == "none"
 
     def _into_base(self, name: str, x: Tensor, base: BaseWeight, execution: Execution | None) -> Tensor | None:
         """x (W + ΔW)ᵀ + bias as one product; None if that is not the execution to take."""
@@ -305,8 +311,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return None
         factor_a, factor_b, logits = self.factors(name)
         weights = coefficients(plan, config, logits, dtype=sum_dtype(x.device), device=x.device)
-        if self.moka_multiplier[name] != 1.0:
-            weights = weights * self.moka_multiplier[name]
+        if (multiplier := self.multiplier(name)) != 1.0:
+            weights = weights * multiplier
         job = Job(plan, config.identity, schedule, base.compute, base.decode)
         return moka_product(job, x, weights, factor_a, factor_b, held=base.held, bias=base.bias).to(base.returns)
 
@@ -316,7 +322,10 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """ΔW of an adapter, (out, in): float32 for a factor dtype below that, the factors' own otherwise."""
+        """ΔW of an adapter, laid out as the base layer's weight: (out, in), or (in, out) for a Conv1D.
+
+        In float32 for a factor dtype below that, in the factors' own otherwise.
+        """
         factor_a, factor_b, logits = self.factors(adapter_name)
         precise = torch.promote_types((factor_b or factor_a)[0].dtype, torch.float32)
         delta = delta_weight(
@@ -326,7 +335,9 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             [factor.to(precise) for factor in factor_b],
             None if logits is None else logits.to(precise),
         )
-        return delta if self.moka_multiplier[adapter_name] == 1.0 else delta * self.moka_multiplier[adapter_name]
+        multiplier = self.multiplier(adapter_name)
+        delta = delta if multiplier == 1.0 else delta * multiplier
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -343,8 +354,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             merged = self._shifted(name, sign=1)
             if safe_merge and not torch.isfinite(merged).all():
                 raise AdapterError(
-                    f"adapter {name!r}: the merged weight has NaN or infinite entries; the base weight was left as it "
-                    "was. Check the adapter, or the dtype that the base is held in."
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: W + ΔW has NaN or "
+                    "infinite entries. The base weight was left as it was; check the adapter, or the base's dtype."
                 )
             if self.quantization_backend is not None:
                 warnings.warn(
@@ -370,7 +381,6 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         refuse_repacked(self.get_base_layer())
         weight = self.get_base_weight()
         delta = self.get_delta_weight(adapter_name)
-        delta = delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
         precise = torch.promote_types(weight.dtype, delta.dtype)
         return (weight.to(precise) + sign * delta.to(weight.device, precise)).to(weight.dtype)
 

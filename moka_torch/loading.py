@@ -44,6 +44,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     layers = adapted_layers(model, adapter_name)
     found: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
     whole, parts = _module_prefixes(model, adapter_name), _base_names(model)
+    aside = {f"{prefix.removesuffix(adapter_name + '.')}bias" for prefix in whole}
     problems, of_base = [], []
     for key, tensor in state_dict.items():
         name = key.removeprefix(CHECKPOINT_PREFIX)
@@ -51,6 +52,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         if path in found:
             found[path][own] = tensor
             continue
+        if name in aside:
+            continue  # a bias that `modules_to_save` holds as well, under the name that is loaded
         if name in parts and not name.startswith(whole):
             of_base += [] if bias != "none" and name.endswith("bias") else [name]
         elif not name.startswith(whole):

@@ -45,7 +45,7 @@ def plan_targets(
                 continue
             if _has_weights(module):
                 refuse_module(path, module, **kwargs)
-    plans = plan_model(config, layers, excluded={path for path in layers if excluded(path)})
+    plans = plan_model(config, layers, excluded={path for path in modules if excluded(path)})
     for path in plans:
         refuse_module(path, modules[path], **kwargs)
     return plans

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import re
@@ -16,7 +15,11 @@ import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
 from torch import nn
 
 import moka_core
@@ -32,17 +35,19 @@ from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, re
 
 PREFIX = "moka_"
 _CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
-DEFAULT_TARGETS = {
-    model_type: ["q_proj", "v_proj"]
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+# PEFT's choice for LoRA by type of model, and q_proj and v_proj for the LLaMA-like types that it does not list.
+DEFAULT_TARGETS: dict[str, Any] = {
+    "smollm3": ["q_proj", "v_proj"],
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
 
 
 class MokaModel(BaseTuner):
     """The tuner: puts a `MokaLinear` around every targeted linear layer, after everything has been checked.
 
-    Holds for every adapter: `peft_config[name]` is this model's own copy of the config it was given, with
-    `target_modules`, `shapes`, `layers` and `base_fingerprint` filled in, so that a saved folder states all of them.
+    Holds for every adapter: `peft_config[name]` is the config that it was given, with `target_modules`, `shapes`,
+    `layers` and `base_fingerprint` filled in, so that a saved folder states all of them. A config that was used for
+    another model, where these differ, is left as it is, and copied.
     """
 
     prefix = PREFIX
@@ -73,7 +78,7 @@ class MokaModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if not isinstance(given, MokaConfig):
             raise ConfigError(f"adapter {adapter_name!r}: expected a moka_torch.MokaConfig; got {type(given).__name__}")
-        config = copy.deepcopy(given)
+        config = given.as_given()
         check_adapter_name(adapter_name, model)
         self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, set):
@@ -85,10 +90,8 @@ class MokaModel(BaseTuner):
             plans = plan_targets(core, model, functools.partial(_excluded, config))
             _warn_of_idle_exclusion(config, model)
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
-        config.base_fingerprint = check_fingerprint(config.base_fingerprint, model)
-        config.layers = {path: plan.key for path, plan in plans.items()}
-        config.state(plans)
-        self.peft_config[adapter_name] = config
+        stated = config.stated(plans, check_fingerprint(config.base_fingerprint, model))
+        config = self.peft_config[adapter_name] = given.take_over(stated)
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and
         # writes "all-linear" out); it is handed exactly the planned paths, and the config keeps what the user wrote.
         chosen = {name: getattr(config, name) for name in ("target_modules", *_CHOICE_FIELDS)}
@@ -264,7 +267,11 @@ class MokaModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """PEFT's hook on saving: says what a file cannot hold."""
         for module in model.modules():
-            if isinstance(module, MokaLinear) and module.moka_multiplier.get(adapter_name, 1.0) != 1.0:
+            if (
+                isinstance(module, MokaLinear)
+                and adapter_name in module.scaling
+                and module.multiplier(adapter_name) != 1
+            ):
                 warnings.warn(
                     f"adapter {adapter_name!r} is saved as its config says, without the factor that set_scale or "
                     "scale_layer has put on it",

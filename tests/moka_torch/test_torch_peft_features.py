@@ -230,7 +230,7 @@ def test_conv1d_of_transformers_is_a_linear_layer_with_its_weight_transposed():
     assert isinstance(layer.base_layer, Conv1D)
     assert (layer.out_features, layer.in_features) == (48, 16)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
-    expected = x @ (layer.base_layer.weight + layer.get_delta_weight("default").T) + layer.base_layer.bias
+    expected = x @ (layer.base_layer.weight + layer.get_delta_weight("default")) + layer.base_layer.bias
     assert relative(layer(x).detach(), expected.detach()) <= 1e-6
     with torch.no_grad():
         adapted = model(ids).logits
@@ -275,3 +275,10 @@ def test_an_8_bit_base(base_folder, tmp_path):
     with pytest.warns(UserWarning, match="encodes it again"):
         model.merge_adapter()
     assert relative(logits(model), adapted) <= 5e-2
+
+
+def test_what_a_lora_could_not_stand_for_is_not_converted(load):
+    model = several(load(), "blocks")
+    assert not model.supports_lora_conversion("blocks")
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=8, adapter_name="blocks")

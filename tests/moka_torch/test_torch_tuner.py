@@ -12,14 +12,15 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import moka_core
 import moka_torch.config
 import moka_torch.mixture
 from moka_core import AdapterError, ConfigError, TargetError, plan_model
 from moka_torch import MokaConfig, MokaLinear, MokaModel, attach, import_adapter, model_fingerprint, register
-from moka_torch.config import MokaPeftType
-from tests.moka_torch.conftest import IDS, logits, random_adapter
+from moka_torch.config import STATED_FIELDS, MokaPeftType
+from tests.moka_torch.conftest import IDS, logits, random_adapter, tiny_config
 
 CONFIG = {"r": 3, "num_shapes": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -110,17 +111,27 @@ def test_config_round_trip_through_peft(tmp_path):
     assert loaded == config
 
 
-def test_config_of_the_caller_is_left_as_it_was(load):
+def test_a_config_is_the_models_own_until_another_model_needs_it_otherwise(load):
     config = MokaConfig(r=3, num_shapes=2)
-    before = copy.deepcopy(config)
-    model = get_peft_model(load(), config)
-    own = model.peft_config["default"]
-    assert config.shapes == before.shapes == {}
-    assert config.base_fingerprint is None
-    assert config.target_modules is None
-    assert own.target_modules == ["q_proj", "v_proj"]
-    assert set(own.shapes) == {"64x64", "32x64"}
-    assert own.base_fingerprint == model_fingerprint(load())
+    first = get_peft_model(load(), config)
+    assert first.peft_config["default"] is config
+    assert config.target_modules == ["q_proj", "v_proj"]
+    assert set(config.shapes) == {"64x64", "32x64"}
+    assert config.base_fingerprint == model_fingerprint(load())
+    again = get_peft_model(load(), config)  # says the same there
+    assert again.peft_config["default"] is config
+    stated = copy.deepcopy(config)
+
+    torch.manual_seed(5)
+    other = get_peft_model(LlamaForCausalLM(tiny_config(num_hidden_layers=1, hidden_size=32)), config)
+    own = other.peft_config["default"]
+    assert own is not config
+    assert set(own.shapes) == {"32x32", "16x32"}
+    assert own.base_fingerprint == model_fingerprint(other) != config.base_fingerprint
+    assert all(getattr(config, name) == getattr(stated, name) for name in STATED_FIELDS)
+    fresh = config.as_given()
+    assert fresh.target_modules is None
+    assert fresh.shapes == fresh.layers == {}
 
 
 @pytest.mark.parametrize("bits", [None, 4])
