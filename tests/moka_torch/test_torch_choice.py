@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from conversion.adapter_folder import load_adapter
 from moka_core import AdapterError, ConfigError, TargetError, plan_layer
@@ -190,3 +192,40 @@ def test_the_start_at_random_is_no_start_at_zero(load):
         assert all(tensor.abs().max() > 0 for tensor in layer.tensors("default").values())
     model = get_peft_model(load(), config(init_weights=True)).eval()
     assert torch.equal(model(IDS).logits, load()(IDS).logits)
+
+
+def test_a_config_survives_pickle_and_deepcopy_before_and_after_it_was_used(load):
+    given = config(**PATTERNS, exclude_modules=["k_proj"], bias="moka_only")
+    used = config(**PATTERNS)
+    get_peft_model(load(), used)
+    for one in (given, used):
+        for again in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
+            assert again == one
+            assert vars(again) == vars(one)
+            assert again.as_given() == one.as_given()
+    fresh = used.as_given()
+    fresh.base_model_name_or_path = None  # written by PEFT
+    assert fresh == config(**PATTERNS)
+
+
+def test_a_model_of_mixed_methods_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="'MOKA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(model, config(target_modules=["0"]), mixed=True)
+    mixed = get_peft_model(model, LoraConfig(target_modules=["0"]), mixed=True)
+    with pytest.raises(ValueError, match="'MOKA' is not compatible with the `PeftMixedModel`"):
+        mixed.add_adapter("other", config(target_modules=["1"]))
+
+
+def test_biases_and_embeddings_that_a_file_brings_along_are_named_and_loaded(load, tmp_path):
+    model = adapted(load)
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.warns(
+        UserWarning, match=r"brings lm_head\.weight, model\.embed_tokens\.weight of the base"
+    ):
+        again = PeftModel.from_pretrained(load(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(AdapterError, match=r"unexpected tensor .*embed_tokens"):
+        load_adapter(tmp_path)

@@ -113,7 +113,8 @@ def test_dropout(execution):
     """The same entries are dropped as without it; not the same ones in the next call; none in eval mode."""
     case = LayerCase(**{**vars(SMALL), "settings": {**SMALL.settings, "dropout": 0.5}})
     layer, _ = layer_of(case)
-    layer.train().execution = execution
+    layer.train()
+    layer.execution = execution
     call, backend = compiled(layer)
     dropped = check(layer, call, case)["y"]
     x, _ = batch(case, 1)
@@ -123,7 +124,8 @@ def test_dropout(execution):
     assert relative(check(layer, call, case)["y"], dropped) > 0.1
     assert torch.equal(call(x), call(x))
     if execution == "auto":
-        layer.train().moka_dropout["one"].p = 0.25
+        dropout: Any = layer.train().moka_dropout["one"]
+        dropout.p = 0.25
         assert relative(check(layer, call, case)["y"], dropped) > 0.1
 
 

@@ -91,7 +91,16 @@ def test_config_is_validated_when_built(fields, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["rank_dropout", "use_dora", "target_parameters", "trainable_token_indices", "lora_alpha"]
+    "name",
+    [
+        "rank_dropout",
+        "use_dora",
+        "target_parameters",
+        "trainable_token_indices",
+        "lora_alpha",
+        "layer_replication",
+        "init_lora_weights",
+    ],
 )
 def test_what_is_not_supported_is_not_accepted(name, tmp_path):
     with pytest.raises(TypeError, match=name):

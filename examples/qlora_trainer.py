@@ -1,0 +1,234 @@
+"""Train a MoKA adapter on a 4-bit base with transformers' Trainer, as one trains a QLoRA.
+
+    python examples/qlora_trainer.py --model report/base --data report/data/train.jsonl --output run
+
+The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. The script holds some lines
+out, trains, keeps the best checkpoint, saves the adapter to OUTPUT/adapter, loads it from there onto a fresh base and
+checks that the loss is the same. The losses are Trainer's: the mean over batches of the mean over learned tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import moka_torch
+
+IGNORED = -100  # label of a token that is not learned
+CHECKPOINTING = {"use_reentrant": False}
+# Bit-equal on a CPU; on a GPU the order of sums is not fixed.
+SAME_LOSS = 1e-3
+
+Tokens = dict[str, list[int]]
+
+
+class Losses(NamedTuple):
+    """Held-out losses: of the base, after training, and of the saved adapter on a fresh base."""
+
+    before: float
+    after: float
+    reloaded: float
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.")],
+    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate; MoKA wants a larger one than LoRA.")] = 5e-3,
+    held_out: Annotated[int, typer.Option(help="Lines that are kept out of training.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 256,
+    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.")] = 4,
+    r: Annotated[int, typer.Option(help="Terms of a mixture.")] = 10,
+    num_shapes: Annotated[int, typer.Option(help="Different shapes among the terms.")] = 5,
+    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
+    target_modules: Annotated[str, typer.Option(help="Names of the adapted layers.")] = "q_proj,v_proj",
+    seed: Annotated[int, typer.Option(help="Of the adapter's start, the split and the order of the data.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.")] = False,
+    merged_output: Annotated[
+        Path | None, typer.Option(help="Also write the base with the adapter merged in, dense, in bfloat16.")
+    ] = None,
+) -> Losses:
+    """Train a MoKA adapter on a 4-bit model with transformers' Trainer."""
+    set_seed(seed)
+    tokenizer = load_tokenizer(model)
+    learned, kept = split([encode(row, tokenizer, max_length) for row in read_rows(data)], held_out, seed)
+    config = moka_torch.MokaConfig(
+        r=r,
+        num_shapes=num_shapes,
+        dropout=dropout,
+        target_modules=target_modules.split(","),
+        task_type="CAUSAL_LM",
+    )
+    arguments = training_arguments(
+        output,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=learning_rate,
+        eval_steps=max(1, steps // evaluations),
+        save_steps=max(1, steps // evaluations),
+        seed=seed,
+    )
+
+    # moka_torch.attach(load_base(model), config, seed=seed) does the same, with one start on every device.
+    peft_model = get_peft_model(load_base(model), config)
+    peft_model.print_trainable_parameters()
+    trainer = make_trainer(peft_model, tokenizer, arguments, learned, kept)
+    before = held_out_loss(trainer)  # a fresh adapter is ΔW = 0
+    trainer.train(resume_from_checkpoint=resume)
+    after = held_out_loss(trainer)
+    peft_model.save_pretrained(str(output / "adapter"))
+    tokenizer.save_pretrained(output / "adapter")
+    del trainer, peft_model
+
+    loaded = PeftModel.from_pretrained(load_base(model), output / "adapter")
+    losses = Losses(before, after, held_out_loss(make_trainer(loaded, tokenizer, arguments, learned, kept)))
+    print(f"held-out loss: {before:.4f} before, {after:.4f} after, {losses.reloaded:.4f} from {output / 'adapter'}")
+    if abs(losses.reloaded - after) > SAME_LOSS * after:
+        raise RuntimeError(f"{output / 'adapter'}: expected the loss that was saved, {after}; got {losses.reloaded}")
+    if merged_output is not None:
+        dense: Any = moka_torch.merge(loaded, dtype=torch.bfloat16)  # the same class as the base
+        dense.save_pretrained(merged_output)
+        tokenizer.save_pretrained(merged_output)
+        print(f"merged, dense, in bfloat16: {merged_output}")
+    return losses
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    """The base in NF4 with double quantisation, frozen and ready for training."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
+    if not torch.cuda.is_available():
+        moka_torch.exact_on_cpu(base)  # before the first forward; see its docstring
+    return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=CHECKPOINTING)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The examples of a file, one a line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
+                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "completion": "…"}}; got {line[:80]}')
+            rows.append(row)
+    return rows
+
+
+def encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Tokens of an example and their labels, which are IGNORED for the prompt.
+
+    With a chat template, prompt and completion are messages; without, the completion ends with the end-of-text token.
+    They become tokens apart from each other, so that the prompt's are those that the model is asked with later.
+    """
+    if tokenizer.chat_template is None:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    else:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        asked = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        if not whole.startswith(asked):
+            raise ValueError("chat_template: it writes a prompt otherwise once an answer follows; use another template")
+        prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(whole.removeprefix(asked), add_special_tokens=False)["input_ids"]
+    if len(prompt) >= max_length:
+        raise ValueError(f"--max-length {max_length}: a prompt has {len(prompt)} tokens, so nothing would be learned")
+    tokens = [*prompt, *answer][:max_length]
+    return {"input_ids": tokens, "labels": [IGNORED] * len(prompt) + tokens[len(prompt) :]}
+
+
+def split(examples: list[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """(to learn from, held out), by a fixed shuffle."""
+    if not 0 < held_out < len(examples):
+        raise ValueError(f"--held-out: expected 1 to {len(examples) - 1}, fewer than there are lines; got {held_out}")
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def training_arguments(output: Path, **settings: Any) -> TrainingArguments:
+    """Trainer's settings; `settings` go before what stands here."""
+    cuda = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # of all steps
+        "max_grad_norm": 1.0,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": CHECKPOINTING,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": "none",
+        "dataloader_pin_memory": cuda,
+    }
+    return TrainingArguments(output_dir=str(output), **{**defaults, **settings})
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    learned: list[Tokens],
+    kept: list[Tokens],
+) -> Trainer:
+    """A Trainer that pads each batch to its longest example."""
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=learned,  # type: ignore[arg-type]  # a list has all that Trainer asks of a data set
+        eval_dataset=kept,  # type: ignore[arg-type]
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        processing_class=tokenizer,
+    )
+
+
+def held_out_loss(trainer: Trainer) -> float:
+    """The loss on what is held out."""
+    return trainer.evaluate()["eval_loss"]
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,208 @@
+"""Train a MoKA adapter on a 4-bit base with TRL's SFTTrainer.
+
+    pip install trl    # it brings datasets
+    python examples/sft_trainer.py --model report/base --data report/data/train.jsonl --output run
+
+The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. SFTTrainer takes a
+MokaConfig as its `peft_config` like any other. One thing needs care on a quantised base: see `keep_float32`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import SFTConfig, SFTTrainer
+
+import moka_torch
+
+# Bit-equal on a CPU; on a GPU the order of sums is not fixed.
+SAME_LOSS = 1e-3
+
+
+class Losses(NamedTuple):
+    """Held-out losses: of the base, after training, and of the saved adapter on a fresh base."""
+
+    before: float
+    after: float
+    reloaded: float
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.")],
+    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate; MoKA wants a larger one than LoRA.")] = 5e-3,
+    held_out: Annotated[int, typer.Option(help="Lines that are kept out of training.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 256,
+    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.")] = 4,
+    r: Annotated[int, typer.Option(help="Terms of a mixture.")] = 10,
+    num_shapes: Annotated[int, typer.Option(help="Different shapes among the terms.")] = 5,
+    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
+    target_modules: Annotated[str, typer.Option(help="Names of the adapted layers.")] = "q_proj,v_proj",
+    seed: Annotated[int, typer.Option(help="Of the adapter's start, the split and the order of the data.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.")] = False,
+    merged_output: Annotated[
+        Path | None, typer.Option(help="Also write the base with the adapter merged in, dense, in bfloat16.")
+    ] = None,
+) -> Losses:
+    """Train a MoKA adapter on a 4-bit model with TRL's SFTTrainer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = read_rows(data, chat=tokenizer.chat_template is not None)
+    learned, kept = rows.train_test_split(test_size=held_out, seed=seed).values()
+    config = moka_torch.MokaConfig(
+        r=r,
+        num_shapes=num_shapes,
+        dropout=dropout,
+        target_modules=target_modules.split(","),
+        task_type="CAUSAL_LM",
+    )
+    arguments = sft_config(
+        output,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        eval_steps=max(1, steps // evaluations),
+        save_steps=max(1, steps // evaluations),
+        seed=seed,
+    )
+
+    trainer = make_trainer(load_base(model), tokenizer, arguments, learned, kept, config)
+    print(f"trainable parameters: {trainer.get_num_trainable_parameters():,}")
+    before = held_out_loss(trainer)  # a fresh adapter is ΔW = 0
+    trainer.train(resume_from_checkpoint=resume)
+    after = held_out_loss(trainer)
+    trainer.save_model(str(output / "adapter"))
+    del trainer
+
+    loaded = PeftModel.from_pretrained(load_base(model), output / "adapter")
+    losses = Losses(before, after, held_out_loss(make_trainer(loaded, tokenizer, arguments, learned, kept)))
+    print(f"held-out loss: {before:.4f} before, {after:.4f} after, {losses.reloaded:.4f} from {output / 'adapter'}")
+    if abs(losses.reloaded - after) > SAME_LOSS * after:
+        raise RuntimeError(f"{output / 'adapter'}: expected the loss that was saved, {after}; got {losses.reloaded}")
+    if merged_output is not None:
+        dense: Any = moka_torch.merge(loaded, dtype=torch.bfloat16)  # the same class as the base
+        dense.save_pretrained(merged_output)
+        tokenizer.save_pretrained(merged_output)
+        print(f"merged, dense, in bfloat16: {merged_output}")
+    return losses
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    """The base in NF4 with double quantisation."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
+    if not torch.cuda.is_available():
+        moka_torch.exact_on_cpu(base)  # before the first forward; see its docstring
+    return base
+
+
+def read_rows(path: Path, *, chat: bool) -> Dataset:
+    """The examples of a file as SFTTrainer wants them: messages if there is a chat template, texts otherwise."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
+                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "completion": "…"}}; got {line[:80]}')
+            rows.append({"prompt": row["prompt"], "completion": row["completion"]})
+    if chat:
+        roles = {"prompt": "user", "completion": "assistant"}
+        return Dataset.from_list(
+            [{name: [{"role": role, "content": row[name]}] for name, role in roles.items()} for row in rows]
+        )
+    return Dataset.from_list(rows)
+
+
+def sft_config(output: Path, **settings: Any) -> SFTConfig:
+    """SFTTrainer's settings; `settings` go before what stands here."""
+    cuda = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "completion_only_loss": True,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # of all steps
+        "max_grad_norm": 1.0,
+        "bf16": cuda,  # SFTConfig's default is True on a CPU, too
+        "use_cpu": not cuda,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": "none",
+        "dataloader_pin_memory": cuda,
+    }
+    return SFTConfig(output_dir=str(output), **{**defaults, **settings})
+
+
+def make_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: SFTConfig,
+    learned: Dataset,
+    kept: Dataset,
+    config: PeftConfig | None = None,
+) -> SFTTrainer:
+    """An SFTTrainer for a base and a config, or for a PeftModel."""
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=learned,
+        eval_dataset=kept,
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    keep_float32(trainer)
+    return trainer
+
+
+def keep_float32(trainer: SFTTrainer) -> None:
+    """Bring trainable parameters back to float32, before the optimiser is made.
+
+    On a quantised base SFTTrainer casts them to bfloat16, whichever the PEFT method. Of its 8 bits of precision little
+    is left for small updates: in one step of AdamW at 1e-4, four of five entries of the test's adapter stay where they
+    are, and none in float32. At 5e-3 it costs little: 3.042 for 3.039 after 60 steps on SmolLM2-135M.
+    """
+    assert trainer.model is not None
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def held_out_loss(trainer: SFTTrainer) -> float:
+    """The loss on what is held out."""
+    return trainer.evaluate()["eval_loss"]
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
