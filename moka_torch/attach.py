@@ -16,7 +16,7 @@ from moka_core.adapter import DTYPE_NAMES
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.execution import Execution
 from moka_torch.fingerprint import check_fingerprint
-from moka_torch.loading import adapted_layers
+from moka_torch.loading import adapted_layers, check_peft_model
 from moka_torch.targets import plan_stated
 from moka_torch.tuner import MokaConfig
 
@@ -66,6 +66,7 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
     Raises:
         AdapterError: there is no MoKA adapter of that name, its parameters are of another dtype, or not finite.
     """
+    check_peft_model(peft_model)
     config = peft_model.peft_config.get(adapter_name)
     if not isinstance(config, MokaConfig):
         raise AdapterError(
@@ -143,15 +144,15 @@ def import_adapter(
 
 
 def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
-    tensor = tensor.detach().to("cpu").contiguous()
+    tensor = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)  # NumPy pins what it is shown
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     if tensor.dtype not in (torch.float32, torch.float16):
         raise AdapterError(
             f"{where}: expected {DTYPE_NAMES}; got {tensor.dtype}. Cast the adapter to float32 first "
             "(PEFT does so by default: autocast_adapter_dtype=True)."
         )
-    return tensor.numpy().copy()
+    return tensor.numpy()
 
 
 def _preset(name: str, model: nn.Module) -> moka_core.MokaConfig:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moka_core import base_fingerprint
 from moka_core.errors import AdapterError
@@ -62,5 +63,6 @@ def norm_weights(model: nn.Module) -> dict[str, np.ndarray]:
                     f"{name}: expected values to tell the base model by; got a meta tensor. Load the base's weights "
                     "before attaching an adapter."
                 )
-            weights[name] = weight.detach().to("cpu", torch.float32).numpy()
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights[name] = weight.detach().to("cpu", torch.float32).clone().numpy()
     return weights

@@ -12,10 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from moka_core import LayerPlan, MokaConfig
-from moka_core.errors import AdapterError, ConfigError
+from moka_core.adapter import expected_tensors
+from moka_core.errors import AdapterError, ConfigError, ModelError
 from moka_core.execution import Execution, check_execution
 from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
 from moka_torch.exactness import refuse_repacked
@@ -160,13 +162,25 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 logits.copy_(torch.empty(logits.shape).normal_(generator=generator))
 
     def factors(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
-        """(factor_a by group, factor_b by group, gate_logits) of an adapter, as `moka_apply` takes them."""
+        """(factor_a by group, factor_b by group, gate_logits) of an adapter, as `moka_apply` takes them.
+
+        Raises:
+            ModelError: they are sharded, and this is not called from within the model that shards them.
+        """
         logits = self.moka_gate_logits.get(adapter_name, None)
-        return (
-            tuple(_entry(self.moka_factor_a, adapter_name).values()),
-            tuple(_entry(self.moka_factor_b, adapter_name).values()),
-            logits,
-        )
+        factor_a = tuple(_entry(self.moka_factor_a, adapter_name).values())
+        factor_b = tuple(_entry(self.moka_factor_b, adapter_name).values())
+        if any(isinstance(tensor, DTensor) for tensor in (*factor_a, *factor_b, logits)):
+            raise ModelError(
+                f"adapter {adapter_name!r} is sharded, as by FSDP2's fully_shard, and a mixture needs its factors "
+                "whole: call the model that is sharded and not a layer of it, call unshard() first, or gather the "
+                "adapter with torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True)"
+            )
+        return factor_a, factor_b, logits
+
+    def tensor_names(self, adapter_name: str) -> list[str]:
+        """The names of `tensors`."""
+        return list(expected_tensors(self.moka_plan[adapter_name], self.moka_config[adapter_name]))
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The stored parameters of an adapter by the names of `moka_core.LayerFactors.tensors`."""

@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems, tensor_problems
+from moka_core.errors import AdapterError
 from moka_torch.linear import MokaLinear
 
 CHECKPOINT_PREFIX = "base_model.model."
@@ -20,10 +21,24 @@ CHECKPOINT_PREFIX = "base_model.model."
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MokaLinear]:
     """The layers that carry an adapter, by the dotted path that they have in a Hugging Face checkpoint."""
     return {
-        path.removeprefix(CHECKPOINT_PREFIX): module
+        plain_path(path): module
         for path, module in model.named_modules()
         if isinstance(module, MokaLinear) and adapter_name in module.moka_plan
     }
+
+
+def plain_path(path: str) -> str:
+    """A path or key in a PeftModel as it stands in a Hugging Face checkpoint, without what PEFT and FSDP put into it."""
+    return path.replace("_fsdp_wrapped_module.", "").removeprefix(CHECKPOINT_PREFIX)
+
+
+def check_peft_model(model: object) -> None:
+    """Raise an AdapterError that says what to pass if `model` is not a PeftModel itself."""
+    if isinstance(model, PeftModel):
+        return
+    wrapped = isinstance(getattr(model, "module", None), PeftModel)
+    hint = "pass its .module" if wrapped else "get one by moka_torch.attach or PeftModel.from_pretrained"
+    raise AdapterError(f"peft_model: expected a PeftModel; got {type(model).__name__}; {hint}")
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], bias: str = "none") -> None:

@@ -13,6 +13,7 @@ from moka_core.adapter import raise_problems
 from moka_core.errors import AdapterError, ConfigError
 from moka_torch.exactness import refuse_repacked
 from moka_torch.linear import MokaLinear
+from moka_torch.loading import check_peft_model
 
 
 def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
@@ -35,6 +36,7 @@ def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
         AdapterError: an adapter has NaN or infinite entries, or no adapter is active. Nothing has been merged.
         ConfigError: `dtype` is no floating dtype.
     """
+    check_peft_model(peft_model)
     layers = {path: layer for path, layer in peft_model.named_modules() if isinstance(layer, MokaLinear)}
     _check(layers)
     if dtype is None:

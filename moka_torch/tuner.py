@@ -24,13 +24,13 @@ from torch import nn
 
 import moka_core
 from moka_core.config import Identity
-from moka_core.errors import ConfigError
+from moka_core.errors import AdapterError, ConfigError
 from moka_torch.base_weight import refuse_special
 from moka_torch.combine import check_weights, combine
 from moka_torch.config import MokaConfig, MokaPeftType
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import BASE, MokaLinear
-from moka_torch.loading import check_state_dict
+from moka_torch.loading import adapted_layers, check_state_dict, plain_path
 from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, refuse_module
 
 PREFIX = "moka_"
@@ -278,7 +278,20 @@ class MokaModel(BaseTuner):
                     stacklevel=2,
                 )
                 break
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = adapted_layers(model, adapter_name)
+        for key, tensor in state_dict.items():
+            # PEFT goes by the names of modules, into which FSDP's first version puts names that its state dicts lack
+            if plain_path(key).rpartition(f".{PREFIX}")[0] in layers:
+                found.setdefault(key, tensor)
+        needed = sum(len(layer.tensor_names(adapter_name)) for layer in layers.values())
+        own = sum(f".{PREFIX}" in key for key in found)
+        if state_dict and own < needed:  # a process that does not gather has an empty one
+            raise AdapterError(
+                f"adapter {adapter_name!r} has {needed} tensors, and {own} of them are in the state dict; nothing was "
+                "saved. Gather the whole state dict of the model first."
+            )
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

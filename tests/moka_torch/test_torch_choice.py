@@ -222,9 +222,7 @@ def test_biases_and_embeddings_that_a_file_brings_along_are_named_and_loaded(loa
     with torch.no_grad():
         model.base_model.model.model.embed_tokens.weight.mul_(2)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.warns(
-        UserWarning, match=r"brings lm_head\.weight, model\.embed_tokens\.weight of the base"
-    ):
+    with pytest.warns(UserWarning, match=r"brings lm_head\.weight, model\.embed_tokens\.weight of the base"):
         again = PeftModel.from_pretrained(load(), tmp_path)
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(AdapterError, match=r"unexpected tensor .*embed_tokens"):

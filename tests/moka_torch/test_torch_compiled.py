@@ -25,8 +25,10 @@ from tests.moka_torch.tolerances import relative
 
 # The same operations in the same order: measured 0 in every test here with the backend aot_eager.
 SAME = 1e-7
-# Fused and reordered by inductor: measured 4.0e-8 factored, 1.3e-7 merged, 6.2e-7 in a whole model.
-FUSED = 2e-6
+# Fused and reordered by inductor: measured 4.0e-8 factored, 1.3e-7 merged. In a whole model 6.4e-7 for the factors and
+# 2.2e-6 for the logits, sums that nearly cancel; against float64 theirs are off by 2.3e-6 compiled, by 1.2e-6 not.
+FUSED = 1e-6
+FUSED_MODEL = 1e-5
 SMALL = LayerCase(name="small", out_features=24, in_features=36, settings={"r": 3, "num_shapes": 2})
 EXECUTIONS = ("auto", "factored", "merged")
 
@@ -265,4 +267,4 @@ def test_inductor(bits, execution):
 @pytest.mark.slow
 def test_inductor_on_a_whole_model(load):
     model = adapted(load())
-    check_model(model, torch.compile(model, fullgraph=True), FUSED)
+    check_model(model, torch.compile(model, fullgraph=True), FUSED_MODEL)

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from moka_torch import MokaConfig, exact_on_cpu
+from moka_core import AdapterError, ModelError
+from moka_torch import MokaConfig, exact_on_cpu, export_adapter, merge
 from tests.moka_torch.conftest import NF4, tiny_config
 from tests.moka_torch.tolerances import relative
 
@@ -59,7 +60,7 @@ class Trained(NamedTuple):
     parameters: dict[str, np.ndarray]
 
 
-def build(kind: str, *, seed: int = 1, checkpointing: bool = False, folder: str | None = None, **changes: Any):
+def build(kind: str, *, seed: int = 1, checkpointing: bool = False, folder: str | None = None, **changes: Any) -> Any:
     """A tiny LLaMA with an adapter off its zero start, in training; on the 4-bit base of `folder` if one is given."""
     torch.manual_seed(0)
     if folder is None:
@@ -68,7 +69,7 @@ def build(kind: str, *, seed: int = 1, checkpointing: bool = False, folder: str 
         base = LlamaForCausalLM.from_pretrained(folder, quantization_config=NF4, dtype=torch.float32)
         exact_on_cpu(base)
     torch.manual_seed(seed)
-    model = get_peft_model(base, MokaConfig(**KINDS[kind], dropout=0.0, init_weights=False, **changes)).train()
+    model: Any = get_peft_model(base, MokaConfig(**KINDS[kind], dropout=0.0, init_weights=False, **changes)).train()
     if checkpointing:
         model.config.use_cache = False
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,7 +126,8 @@ def accumulated(rank: int) -> dict[str, np.ndarray]:
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def sharded(kind: str, **options: Any):
+def sharded(kind: str, **options: Any) -> Any:
+    """A model under FSDP2, by decoder layers."""
     model = build(kind, **options)
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in model.get_base_model().model.layers:
@@ -153,10 +155,12 @@ def loaded_into_shards(rank: int, folder: str) -> tuple[np.ndarray, float]:
     model(input_ids=part(rank), labels=part(rank)).loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     with torch.no_grad():
-        return whole(model(input_ids=IDS).logits), float(norm.full_tensor())
+        return whole(model(input_ids=IDS).logits), float(whole(norm))
 
 
-def fully_sharded_1(rank: int, kind: str, **options: Any) -> tuple[Trained, dict[str, np.ndarray]]:
+def fully_sharded_1(
+    rank: int, kind: str, save: str | None = None, **options: Any
+) -> tuple[Trained, dict[str, np.ndarray]]:
     """FSDP1 with use_orig_params: what came of it, and the adapter's part of rank 0's full state dict."""
     model = build(kind, **options)
     with warnings.catch_warnings(action="ignore"):  # of frozen parameters beside trained ones
@@ -170,7 +174,7 @@ def fully_sharded_1(rank: int, kind: str, **options: Any) -> tuple[Trained, dict
     def named() -> dict[str, Tensor]:
         return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
 
-    def plain(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def plain(found: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name.replace("_fsdp_wrapped_module.", ""): whole(tensor) for name, tensor in found.items()}
 
     optimiser = torch.optim.AdamW(named().values(), lr=1e-2, eps=1e-4)
@@ -188,7 +192,8 @@ def fully_sharded_1(rank: int, kind: str, **options: Any) -> tuple[Trained, dict
     config = FullStateDictConfig(rank0_only=True)
     with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, config):
         state = wrapped.state_dict()
-    # not by PEFT 0.21, which looks for the names of the wrapped modules: it finds nothing, of a LoRA neither
+    if save is not None and rank == 0:
+        model.save_pretrained(save, state_dict=state)
     own = {key.replace(".default", ""): whole(tensor) for key, tensor in state.items() if ".moka_" in key}
     return Trained(gradients, parameters), own
 
@@ -239,12 +244,12 @@ class Ranks:
                 connection.send(job)
             deadline = time.monotonic() + SECONDS
             while len(answers) < RANKS:
-                waiting = {self.members[rank][1]: rank for rank in range(RANKS) if rank not in answers}
+                waiting: dict[Any, int] = {self.members[rank][1]: rank for rank in range(RANKS) if rank not in answers}
                 ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
                 if not ready:
                     pytest.fail(f"no answer after {SECONDS} s from rank {', '.join(map(str, waiting.values()))}")
-                for connection in ready:
-                    answers[waiting[connection]] = self._answer(waiting[connection])
+                for rank in [waiting[one] for one in ready]:
+                    answers[rank] = self._answer(rank)
         finally:
             if len(answers) < RANKS:
                 self.close(kill=True)
@@ -386,9 +391,9 @@ def test_an_adapter_is_loaded_into_a_sharded_model(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options"), [("softmax", {"checkpointing": True}), ("blocks", {"execution": "merged"})]
 )
-def test_fully_sharded_by_the_older_way(ranks, one_process, kind, options):
+def test_fully_sharded_by_the_older_way(ranks, one_process, kind, options, tmp_path):
     """FSDP1: frozen and trained parameters of a layer lie in one flat tensor, which needs a gradient."""
-    found = ranks.run(fully_sharded_1, kind, **options)
+    found = ranks.run(fully_sharded_1, kind, save=str(tmp_path), **options)
     check([trained for trained, _ in found], one_process(kind))
     model, other = build(kind, seed=7), build(kind, seed=8)
     set_peft_model_state_dict(model, {key: torch.tensor(array) for key, array in found[0][1].items()})
@@ -398,6 +403,9 @@ def test_fully_sharded_by_the_older_way(ranks, one_process, kind, options):
         expected = other(input_ids=IDS).logits
         assert relative(build(kind, seed=7)(input_ids=IDS).logits, expected) > 1e-2
         assert relative(model(input_ids=IDS).logits, expected) <= PARAMETER
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(LlamaForCausalLM(tiny_config()), tmp_path)
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_a_four_bit_base(ranks, base_folder):
@@ -406,6 +414,43 @@ def test_a_four_bit_base(ranks, base_folder):
     replicas, shards = zip(*ranks.run(quantised, str(base_folder)), strict=True)
     check(list(replicas), expected)
     check(list(shards), expected)
+
+
+def refused_on_shards(rank: int) -> dict[str, str]:
+    """What asks for whole factors, on a sharded model, and the error that says so."""
+    model = sharded("softmax")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    calls = {
+        "export_adapter": lambda: export_adapter(model),
+        "merge": lambda: merge(model),
+        "merge_adapter": model.merge_adapter,
+        "get_delta_weight": lambda: layer.get_delta_weight("default"),
+        "forward": lambda: layer(torch.ones(2, 64)),
+    }
+    errors = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ModelError as error:
+            errors[name] = str(error)
+    model.unshard()
+    assert layer.get_delta_weight("default").abs().max() > 0
+    return errors
+
+
+def test_what_needs_whole_factors_says_so_on_shards(ranks):
+    for errors in ranks.run(refused_on_shards):
+        assert len(errors) == 5
+        assert all("is sharded, as by FSDP2's fully_shard" in error for error in errors.values())
+
+
+def test_a_wrapped_model_is_no_peft_model(ranks):
+    model = nn.Module()
+    model.module = build("softmax")
+    with pytest.raises(AdapterError, match=r"expected a PeftModel; got Module; pass its \.module"):
+        export_adapter(model)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="got Linear; get one by moka_torch.attach"):
+        merge(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def _fails(rank: int) -> None:
