@@ -28,7 +28,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MokaLinear]
 
 
 def plain_path(path: str) -> str:
-    """A path or key in a PeftModel as it stands in a Hugging Face checkpoint, without what PEFT and FSDP put into it."""
+    """A path or key in a PeftModel, without what PEFT and FSDP put into it: as in a Hugging Face checkpoint."""
     return path.replace("_fsdp_wrapped_module.", "").removeprefix(CHECKPOINT_PREFIX)
 
 

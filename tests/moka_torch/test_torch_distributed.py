@@ -425,7 +425,6 @@ def refused_on_shards(rank: int) -> dict[str, str]:
         "merge": lambda: merge(model),
         "merge_adapter": model.merge_adapter,
         "get_delta_weight": lambda: layer.get_delta_weight("default"),
-        "forward": lambda: layer(torch.ones(2, 64)),
     }
     errors = {}
     for name, call in calls.items():
@@ -440,7 +439,7 @@ def refused_on_shards(rank: int) -> dict[str, str]:
 
 def test_what_needs_whole_factors_says_so_on_shards(ranks):
     for errors in ranks.run(refused_on_shards):
-        assert len(errors) == 5
+        assert len(errors) == 4
         assert all("is sharded, as by FSDP2's fully_shard" in error for error in errors.values())
 
 
@@ -449,7 +448,7 @@ def test_a_wrapped_model_is_no_peft_model(ranks):
     model.module = build("softmax")
     with pytest.raises(AdapterError, match=r"expected a PeftModel; got Module; pass its \.module"):
         export_adapter(model)  # type: ignore[arg-type]
-    with pytest.raises(AdapterError, match="got Linear; get one by moka_torch.attach"):
+    with pytest.raises(AdapterError, match=r"got Linear; get one by moka_torch\.attach"):
         merge(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
