@@ -173,7 +173,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         if any(isinstance(tensor, DTensor) for tensor in (*factor_a, *factor_b, logits)):
             raise ModelError(
                 f"adapter {adapter_name!r} is sharded, as by FSDP2's fully_shard, and a mixture needs its factors "
-                "whole: call the model that is sharded and not a layer of it, call unshard() first, or gather the "
+                "whole: call the model that is sharded and not a layer of it, unshard() it first, or gather the "
                 "adapter with torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True)"
             )
         return factor_a, factor_b, logits
