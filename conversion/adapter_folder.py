@@ -95,7 +95,7 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     folder = Path(folder)
     config, fields = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
-    plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
+    config, plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
 
     by_layer: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     problems = []
@@ -197,24 +197,23 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _layer_plans(config: MokaConfig, layers: Mapping[str, Any], path: Path) -> dict[str, LayerPlan]:
+def _layer_plans(config: MokaConfig, layers: Mapping[str, Any], path: Path) -> tuple[MokaConfig, dict[str, LayerPlan]]:
+    """The config with its patterns as whole paths, and the plan of every layer."""
     plans = {plan.key: plan for plan in config.shapes}
     own = dict(config.shapes_pattern)
+    chosen = {name: own.get(name, plans.get(str(key))) for name, key in layers.items()}
     problems = [
-        f"{field}: {pattern!r} is the path of no layer; in a file, shapes of some layers are stated layer by layer"
-        for field in PATTERN_FIELDS
-        for pattern, _ in getattr(config, field)
-        if pattern not in layers or field == "r_pattern"
+        f"{name}: {layers[name]!r} does not stand in shapes"
+        for name, plan in chosen.items()
+        if plan is None or plan.key != layers[name]
     ]
-    chosen = {}
-    for name, key in layers.items():
-        plan = own.get(name, plans.get(str(key)))
-        if plan is None or plan.key != key:
-            problems.append(f"{name}: {key!r} does not stand in shapes")
-        else:
-            chosen[name] = plan
     raise_problems(problems, f"{path}: layers")
-    return chosen
+    stated = {name: plan for name, plan in chosen.items() if plan is not None}
+    try:
+        exact = config.exact({name: (plan.out_features, plan.in_features) for name, plan in stated.items()})
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    return exact, stated
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

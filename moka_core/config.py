@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from moka_core.errors import ConfigError
 from moka_core.execution import Execution, check_execution
-from moka_core.plan import LayerPlan, ShapeGroup, matches_pattern
+from moka_core.plan import ALL_LINEAR, LayerPlan, ShapeGroup, matches_pattern, plan_layer
 
 Gate = Literal["softmax", "uniform"]
 Scaling = Literal["none", "stable"]
@@ -120,6 +120,10 @@ class MokaConfig:
             raise ConfigError(
                 f"target_modules: expected at least one name, none of them empty; got {self.target_modules!r}"
             )
+        if not isinstance(targets, str) and ALL_LINEAR in targets and len(targets) > 1:
+            raise ConfigError(
+                f"target_modules: {ALL_LINEAR!r} stands for every linear layer; give it alone, got {targets!r}"
+            )
         if not isinstance(self.shapes, (list, tuple)) or any(not isinstance(plan, LayerPlan) for plan in self.shapes):
             raise ConfigError(f"shapes: expected LayerPlans; got {self.shapes!r}")
         object.__setattr__(self, "shapes", tuple(self.shapes))
@@ -224,12 +228,40 @@ class MokaConfig:
         }
         if len(configs) > 1:
             raise ConfigError("expected layers that differ in r, shapes and scale only; they differ in other settings")
+        plans = {path: plan for path, (_, plan) in layers.items()}
+        scales = {path: own.scale for path, (own, _) in layers.items()}
         return dataclasses.replace(
             configs.pop(),
             shapes=tuple(shapes.values()),
-            shapes_pattern=tuple((path, plan) for path, (_, plan) in layers.items() if plan != shapes.get(plan.key)),
-            scale_pattern=tuple((path, own.scale) for path, (own, _) in layers.items() if own.scale != scale),
+            shapes_pattern=_entries(plans, {path for path, plan in plans.items() if plan != shapes.get(plan.key)}),
+            scale_pattern=_entries(scales, {path for path in scales if scales[path] != scale}),
         )
+
+    def exact(self, layers: Mapping[str, tuple[int, int]]) -> MokaConfig:
+        """The same config, its patterns read as the whole paths that they are in a saved adapter.
+
+        Args:
+            layers: (out_features, in_features) of every adapted layer, by path.
+
+        Raises:
+            ConfigError: a pattern is the path of no layer; or see `for_layer`.
+        """
+        for name in PATTERN_FIELDS:
+            for pattern, _ in getattr(self, name):
+                if pattern not in layers or name == "r_pattern":
+                    raise ConfigError(
+                        f"{name}: {pattern!r} is the path of no layer; in a saved adapter, what some layers have of "
+                        "their own is stated layer by layer"
+                    )
+        own = {}
+        for path, dims in layers.items():
+            mine = dataclasses.replace(
+                self,
+                shapes_pattern=tuple(entry for entry in self.shapes_pattern if entry[0] == path),
+                scale_pattern=tuple(entry for entry in self.scale_pattern if entry[0] == path),
+            ).for_layer(path, *dims)
+            own[path] = (mine, plan_layer(mine, *dims))
+        return MokaConfig.of_layers(own, r=self.r, scale=self.scale)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values; `from_dict` gives back an equal config."""
@@ -255,6 +287,12 @@ class MokaConfig:
             ConfigError: a key is unknown (the nearest name is given), or a value is invalid.
         """
         return cls(**field_values(values, where="MokaConfig"))
+
+
+def _entries(values: Mapping[str, Any], deviating: set[str]) -> tuple[tuple[str, Any], ...]:
+    """A pattern field: the deviating layers by path, and every layer that such a path would match too as a pattern."""
+    caught = {path for path in values for other in deviating if path != other and matches_pattern(other, path)}
+    return tuple((path, values[path]) for path in values if path in deviating | caught)
 
 
 def field_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:

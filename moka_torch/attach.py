@@ -86,6 +86,7 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
                 f"{path}: set_scale or scale_layer has put the factor {layer.multiplier(adapter_name)} on adapter "
                 f"{adapter_name!r}, which is no part of it; undo it with unscale_layer or set_scale(name, 1)"
             )
+        layer.factors(adapter_name)  # refuses shards
         arrays = {name: _to_numpy(tensor, f"{path}: {name}") for name, tensor in layer.tensors(adapter_name).items()}
         layers[path] = LayerFactors.from_tensors(layer.moka_plan[adapter_name], core, arrays)
     adapter = Adapter(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +14,9 @@ from moka_core.config import Identity
 from moka_core.errors import ConfigError
 from moka_torch.linear import MokaLinear
 from moka_torch.mixture import coefficients
+
+# Of a term of weight 0: e^-100 is 4e-44 of the sum.
+SMALLEST_LOGIT = -100.0
 
 
 @torch.no_grad()
@@ -48,10 +53,12 @@ def combine(
 
     k = torch.cat([own for parts in groups.values() for own, _, _ in parts])
     scale = float(k.abs().sum())
-    tensors: dict[str, Tensor] = {"gate_logits": (k.abs() / scale).log().float()}
+    if scale == 0:
+        raise ConfigError("weights: the sum is 0, every term having the weight 0; there is nothing to combine")
+    tensors: dict[str, Tensor] = {"gate_logits": (k.abs() / scale).log().clamp(min=SMALLEST_LOGIT).float()}
     rows = []
     for index, (shape, parts) in enumerate(groups.items()):
-        sign = torch.cat([own for own, _, _ in parts]).sign()
+        sign = torch.where(torch.cat([own for own, _, _ in parts]) < 0, -1.0, 1.0)
         rows.append(ShapeGroup(shape, len(sign)))
         signed = "factor_b" if identity == "a" else "factor_a"
         for kind, stack in (("factor_a", [a for _, a, _ in parts]), ("factor_b", [b for _, _, b in parts])):
@@ -84,7 +91,9 @@ def check_weights(adapters: list[str], weights: list[float], known: Mapping[str,
         raise ConfigError(f"adapters: expected some of {', '.join(known)}; got {', '.join(map(repr, unknown))}")
     if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
         raise ConfigError(f"adapters: expected different names, with a weight each; got {adapters!r} and {weights!r}")
-    if not all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in weights):
+    if not all(
+        isinstance(w, numbers.Real) and not isinstance(w, bool) and abs(w) < sys.float_info.max for w in weights
+    ):
         raise ConfigError(f"weights: expected finite numbers; got {weights!r}")
     chosen = {name: float(weight) for name, weight in zip(adapters, weights, strict=True) if weight}
     if not chosen:

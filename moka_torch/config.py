@@ -14,6 +14,7 @@ from peft import PeftConfig
 import moka_core
 from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
 from moka_core.errors import ConfigError
+from moka_torch.targets import stated_dims
 
 FORMAT_VERSION = 1
 # Fields of adapter_config.json that are there only where they say something.
@@ -29,7 +30,7 @@ OPTIONAL_FIELDS = (
 # What `get_peft_model` fills in, from the model.
 STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint")
 BIASES = ("none", "all", "moka_only")
-OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights")
+OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "filled_in")
 
 
 class MokaPeftType(str, enum.Enum):  # noqa: UP042  PEFT reads str(type) as "Class.NAME", which StrEnum is not
@@ -100,6 +101,7 @@ class MokaConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
     base_fingerprint: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
+    filled_in: dict[str, Any] | None = field(default=None, repr=False, compare=False)  # see `stated`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +142,7 @@ class MokaConfig(PeftConfig):
         for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ConfigError(f"layers_to_transform: expected whole numbers >= 0; got {layers!r}")
-        if layers is not None and isinstance(self.target_modules, str):
+        if layers is not None and (isinstance(self.target_modules, str) or self.target_modules == ["all-linear"]):
             raise ConfigError(
                 "layers_to_transform: with target_modules as one string it would not be read; name the modules in a "
                 "list, or put the layers into the regular expression"
@@ -161,28 +163,45 @@ class MokaConfig(PeftConfig):
         """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`."""
         copied, core = copy.deepcopy(self), self.to_core()
         layers = {p: (core.for_layer(p, plan.out_features, plan.in_features), plan) for p, plan in plans.items()}
-        written = moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale).to_dict()
-        for name in ("shapes", *PATTERN_FIELDS):
-            setattr(copied, name, written[name])
+        copied._take(moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale))
         copied.layers = {path: plan.key for path, plan in plans.items()}
         copied.base_fingerprint = base_fingerprint
+        given = (self.filled_in or {}).get("given") or self._values()
+        copied.filled_in = {"given": given, "stated": copied._values()}
         return copied
 
     def as_given(self) -> MokaConfig:
-        """A copy without what `stated` wrote into it for a model: as its user gave it, or as a file holds it."""
+        """A copy without what `stated` filled in for a model: as its user gave it, or as a file holds it.
+
+        What was changed since then stays as it was changed.
+        """
         copied = copy.deepcopy(self)
-        for name, value in vars(copied).get("_given", {}).items():
-            setattr(copied, name, value)
-        vars(copied)["_given"] = {name: copy.deepcopy(getattr(copied, name)) for name in STATED_FIELDS}
+        history, copied.filled_in = copied.filled_in, None
+        for name, value in (history or {}).get("stated", {}).items():
+            if history is not None and getattr(copied, name) == value:
+                setattr(copied, name, history["given"][name])
+        copied.filled_in = {"given": copied._values(), "stated": {}}
         return copied
 
     def take_over(self, stated: MokaConfig) -> MokaConfig:
         """The config to keep for a model: this very object, brought to `stated`, as PEFT's users expect; or `stated`
         itself, if this object says something else for another model already."""
-        if "_given" in vars(self) and any(getattr(self, name) != getattr(stated, name) for name in STATED_FIELDS):
+        if (self.filled_in or {}).get("stated") and self._values() != stated._values():
             return stated
         vars(self).update(vars(stated))
         return self
+
+    def spell_out(self) -> None:
+        """Read the patterns of a saved adapter as the whole paths that they are there; see `MokaConfig.exact`."""
+        self._take(self.to_core().exact(stated_dims(self.layers)))
+
+    def _take(self, core: moka_core.MokaConfig) -> None:
+        written = core.to_dict()
+        for name in ("shapes", *PATTERN_FIELDS):
+            setattr(self, name, written[name])
+
+    def _values(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(getattr(self, name)) for name in STATED_FIELDS}
 
     def to_core(self) -> moka_core.MokaConfig:
         """The same settings as the value that both backends share.

@@ -55,6 +55,9 @@ def norm_weights(model: nn.Module) -> dict[str, np.ndarray]:
     """Every norm weight of a model as float32, by its name in the model."""
     weights = {}
     for path, module in model.named_modules():
+        if ".modules_to_save." in f".{path}.":  # a trained copy; the base's own stands beside it
+            continue
+        path = path.replace(".original_module", "")
         weight = getattr(module, "weight", None)
         if type(module).__name__.lower().endswith("norm") and isinstance(weight, torch.Tensor) and weight.ndim == 1:
             name = f"{path}.weight" if path else "weight"

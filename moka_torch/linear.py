@@ -81,6 +81,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self._execution: Execution | None = None
         self.merged_adapters: list[str] = []
+        self._merged_scaling: dict[str, float] = {}  # what was taken off again must be what was put on
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, plan=plan, config=config, init_weights=init_weights)
@@ -167,9 +168,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         Raises:
             ModelError: they are sharded, and this is not called from within the model that shards them.
         """
-        logits = self.moka_gate_logits.get(adapter_name, None)
-        factor_a = tuple(_entry(self.moka_factor_a, adapter_name).values())
-        factor_b = tuple(_entry(self.moka_factor_b, adapter_name).values())
+        factor_a, factor_b, logits = self._stored(adapter_name)
         if any(isinstance(tensor, DTensor) for tensor in (*factor_a, *factor_b, logits)):
             raise ModelError(
                 f"adapter {adapter_name!r} is sharded, as by FSDP2's fully_shard, and a mixture needs its factors "
@@ -178,13 +177,20 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             )
         return factor_a, factor_b, logits
 
+    def _stored(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        return (
+            tuple(_entry(self.moka_factor_a, adapter_name).values()),
+            tuple(_entry(self.moka_factor_b, adapter_name).values()),
+            self.moka_gate_logits.get(adapter_name, None),
+        )
+
     def tensor_names(self, adapter_name: str) -> list[str]:
         """The names of `tensors`."""
         return list(expected_tensors(self.moka_plan[adapter_name], self.moka_config[adapter_name]))
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The stored parameters of an adapter by the names of `moka_core.LayerFactors.tensors`."""
-        factor_a, factor_b, logits = self.factors(adapter_name)
+        factor_a, factor_b, logits = self._stored(adapter_name)
         named = {f"factor_a.{group}": tensor for group, tensor in enumerate(factor_a)}
         named |= {f"factor_b.{group}": tensor for group, tensor in enumerate(factor_b)}
         return named if logits is None else {**named, "gate_logits": logits}
@@ -277,7 +283,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def multiplier(self, adapter_name: str) -> float:
         """What `set_scale` and its like have put on an adapter's ΔW, on top of its config's `scale`; 1 at first."""
-        return self.scaling[adapter_name] / self.moka_config[adapter_name].scale
+        multiplier = self.scaling[adapter_name] / self.moka_config[adapter_name].scale
+        return 1.0 if abs(multiplier - 1.0) < 1e-12 else multiplier
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply ΔW of an adapter by `scale`, from 1; a layer without that adapter is left alone."""
@@ -380,6 +387,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 )
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
+            self._merged_scaling[name] = self.scaling[name]
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -387,7 +395,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
         while self.merged_adapters:
-            self.set_base_weight(self._shifted(self.merged_adapters[-1], sign=-1))
+            name = self.merged_adapters[-1]
+            current, self.scaling[name] = self.scaling[name], self._merged_scaling[name]
+            try:
+                self.set_base_weight(self._shifted(name, sign=-1))
+            finally:
+                self.scaling[name] = current
             self.merged_adapters.pop()
 
     def _shifted(self, adapter_name: str, *, sign: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -58,18 +59,25 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     """
     layers = adapted_layers(model, adapter_name)
     found: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    whole, parts = _module_prefixes(model, adapter_name), _base_names(model)
+    whole, parts, embeddings = _module_prefixes(model, adapter_name), _bias_names(model), _embedding_prefixes(model)
     aside = {f"{prefix.removesuffix(adapter_name + '.')}bias" for prefix in whole}
     problems, of_base = [], []
+    wrapped = isinstance(model, PeftModel)
     for key, tensor in state_dict.items():
         name = key.removeprefix(CHECKPOINT_PREFIX)
         path, _, own = name.rpartition(".moka_")
+        if path in found and (name == key and wrapped):
+            problems.append(f"{key}: unexpected; expected it to begin with {CHECKPOINT_PREFIX}")
+            continue
         if path in found:
+            if own in found[path]:
+                problems.append(f"{key}: stands twice, with and without {CHECKPOINT_PREFIX}")
             found[path][own] = tensor
             continue
         if name in aside:
             continue  # a bias that `modules_to_save` holds as well, under the name that is loaded
-        if name in parts and not name.startswith(whole):
+        of_embedding = name.startswith(embeddings) and ".moka_" not in name
+        if (name in parts or of_embedding) and not name.startswith(whole):
             of_base += [] if bias != "none" and name.endswith("bias") else [name]
         elif not name.startswith(whole):
             problems.append(f"{key}: unexpected; the adapter has no such tensor")
@@ -84,6 +92,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in DTYPES:
                 problems.append(f"{path}: {name} expected dtype {DTYPE_NAMES}, got {dtype}")
+    present = {key.removeprefix(CHECKPOINT_PREFIX) for key in state_dict}
+    problems += [f"{name}: missing, though bias is {bias!r}" for name in sorted(announced(model, bias) - present)]
     raise_problems(sorted(problems), f"adapter {adapter_name!r} does not fit the model, nothing was loaded")
     if of_base:
         warnings.warn(
@@ -102,13 +112,22 @@ def _module_prefixes(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     )
 
 
-def _base_names(model: nn.Module) -> set[str]:
-    """The names of the base's biases and embeddings, input's and output's."""
+def _bias_names(model: nn.Module) -> set[str]:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {plain_path(name) for name, _ in base.named_parameters() if name.rpartition(".")[2] == "bias"}
+
+
+def _embedding_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of the base's embeddings, input's and output's."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    embeddings = {id(layer) for layer in layers if layer is not None}
-    names = {name for name, _ in base.named_parameters() if name.rpartition(".")[2] == "bias"}
-    for path, module in base.named_modules():
-        if id(module) in embeddings:
-            names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
-    return names
+    wanted = {id(layer) for layer in layers if layer is not None}
+    return tuple(f"{plain_path(path)}." for path, module in base.named_modules() if id(module) in wanted)
+
+
+def announced(model: nn.Module, bias: str) -> set[str]:
+    """The names of the biases that an adapter with this `bias` brings along."""
+    if bias == "none":
+        return set()
+    names = {name for name in _bias_names(model) if not re.search(r"\.(modules_to_save|original_module)\.", f".{name}")}
+    return names if bias == "all" else {name for name in names if name.endswith("base_layer.bias")}

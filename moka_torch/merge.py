@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from moka_torch.exactness import refuse_repacked
 from moka_torch.linear import MokaLinear
 from moka_torch.loading import check_peft_model
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
     """The base model with W + ΔW of the active adapters in place of W, and no adapters.
@@ -22,7 +25,8 @@ def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
     The sum is taken in float32 at least and rounded once. On a quantised base there are two ways:
 
     - With a `dtype`, such as torch.bfloat16 (recommended): every quantised layer is decoded, and the model that comes
-      back is dense, in that dtype throughout. The only error is one rounding of W + ΔW.
+      back is dense, its parameters in that dtype. The only errors are one rounding of W + ΔW and of each other
+      parameter. An adapted output head that was tied to the input's embedding is tied no longer.
     - Without: W + ΔW is quantised again, with a warning. Every entry of a block of NF4 is then off by at most
       0.152·s, half of the widest gap between two levels times the block's new scale s, and by what double
       quantisation changes s. W stands on those levels already: an update that is small against the gaps is rounded
@@ -30,67 +34,100 @@ def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         peft_model: changed in place, and of no use afterwards.
-        dtype: of the dense model; None leaves every layer in the format that it has.
+        dtype: of the dense model's parameters; None leaves every layer in the format that it has.
 
     Raises:
         AdapterError: an adapter has NaN or infinite entries, or no adapter is active. Nothing has been merged.
-        ConfigError: `dtype` is no floating dtype.
+        ConfigError: `dtype` is none of `DTYPES`.
     """
     check_peft_model(peft_model)
     layers = {path: layer for path, layer in peft_model.named_modules() if isinstance(layer, MokaLinear)}
-    _check(layers)
+    _check(peft_model, layers)
     if dtype is None:
         return peft_model.merge_and_unload(safe_merge=True)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype: expected a floating dtype such as torch.bfloat16; got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
+    if dtype == torch.float16:
+        _check_range(layers)
     for layer in layers.values():
-        layer.base_layer = _decoded(layer.get_base_layer(), layer.quantization_backend)
+        layer.base_layer = _decoded(layer.get_base_layer(), layer.quantization_backend, dtype)
         layer.quantization_backend = None
         layer.merge()
         layer.base_layer.to(dtype)
     model = peft_model.unload()
-    _decode_others(model)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    model.to(dtype)
-    if hasattr(model, "config"):
-        model.config.dtype = dtype
+    _decode_others(model, dtype)
+    for parameter in model.parameters():  # not the buffers, such as the frequencies of rotary embeddings
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    _describe(model, dtype)
     return model
 
 
-def _check(layers: dict[str, MokaLinear]) -> None:
+def _check(peft_model: PeftModel, layers: dict[str, MokaLinear]) -> None:
     problems = []
     active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.moka_plan}
     if not active and not any(layer.merged for layer in layers.values()):
         raise AdapterError("merge: no adapter is active, so there is nothing to merge; set_adapter makes one active")
+    for module in peft_model.modules():
+        refuse_repacked(module)
     for path, layer in layers.items():
-        refuse_repacked(layer.get_base_layer())
         for name in layer.active_adapters:
             if name in layer.moka_plan:
+                layer.factors(name)  # refuses shards
                 for key, tensor in layer.tensors(name).items():
                     if not torch.isfinite(tensor).all():
                         problems.append(f"{path}: {key} of adapter {name!r} has NaN or infinite entries")
     raise_problems(problems, "nothing was merged")
 
 
-def _decode_others(model: nn.Module) -> None:
+def _check_range(layers: dict[str, MokaLinear]) -> None:
+    """Raise an AdapterError if W + ΔW of a layer does not fit into float16."""
+    problems = []
+    for path, layer in layers.items():
+        weight = layer.get_base_weight().float()
+        for name in layer.active_adapters:
+            if name in layer.moka_plan and name not in layer.merged_adapters:
+                weight = weight + layer.get_delta_weight(name)
+        if (largest := float(weight.abs().max())) > torch.finfo(torch.float16).max:
+            problems.append(f"{path}: an entry of W + ΔW is {largest:.3g}, which float16 cannot hold; take bfloat16")
+    raise_problems(problems, "nothing was merged")
+
+
+def _decode_others(model: nn.Module, dtype: torch.dtype) -> None:
     """Put a dense layer in place of every quantised linear layer that had no adapter."""
     kwargs = get_quantization_kwargs(model)
     for path, module in list(model.named_modules()):
         backend = None if type(module) is nn.Linear else resolve_quantization_backend(module, **kwargs)
         if backend is not None and backend.layer_type == "linear":
-            model.set_submodule(path, _decoded(module, backend))
+            model.set_submodule(path, _decoded(module, backend, dtype).to(dtype))
 
 
-def _decoded(base: Any, backend: Any) -> nn.Module:
-    """A dense float32 copy of a quantised linear layer; a layer of another kind is returned as it is."""
+def _decoded(base: Any, backend: Any, dtype: torch.dtype) -> nn.Module:
+    """A copy of a linear layer with a dense weight of its own, in float32 at least."""
+    precise = torch.promote_types(dtype, torch.float32)
     if backend is None:
-        return base.float()
-    refuse_repacked(base)
-    weight = backend.get_base_weight(base).float()
+        return copy.deepcopy(base).to(torch.promote_types(base.weight.dtype, precise))
+    weight = backend.get_base_weight(base).to(precise)
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     if base.bias is not None:
-        dense.bias = nn.Parameter(base.bias.detach().float(), requires_grad=False)
+        dense.bias = nn.Parameter(base.bias.detach().to(precise), requires_grad=False)
     return dense.train(base.training)
+
+
+def _describe(model: Any, dtype: torch.dtype) -> None:
+    """Bring what a transformers model says of itself in line: dense, in `dtype`, its embeddings tied or not."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, name, False):
+            setattr(model, name, False)
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    config.dtype = dtype
+    layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    weights = [layer.weight for layer in layers if layer is not None]
+    if getattr(config, "tie_word_embeddings", False) and len(weights) == 2 and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from moka_core import LayerPlan, MokaConfig, plan_layer, plan_model
 from moka_core.adapter import raise_problems
 from moka_core.errors import ConfigError, TargetError
-from moka_core.plan import ALL_LINEAR, check_patterns, matches
+from moka_core.plan import ALL_LINEAR, matches
 from moka_torch.linear import MokaLinear
 
 _RESERVED = ("base_layer", *MokaLinear.adapter_layer_names, *MokaLinear.other_param_names)
@@ -60,6 +60,7 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
     """
     kwargs = get_quantization_kwargs(model)
     modules = _outer_modules(model)
+    config = config.exact(stated_dims(stated))
     problems, plans = [], {}
     for path, key in sorted(stated.items()):
         dims = linear_dims(modules[path], **kwargs) if path in modules else None
@@ -71,8 +72,22 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
             refuse_module(path, modules[path], **kwargs)
             plans[path] = plan_layer(config.for_layer(path, *dims), *dims)
     raise_problems(problems, "the adapter does not fit the model")
-    check_patterns(config, plans)
     return plans
+
+
+def stated_dims(stated: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) by path, of "OUTxIN" by path.
+
+    Raises:
+        ConfigError: an entry is written otherwise.
+    """
+    dims = {}
+    for path, key in stated.items():
+        out_features, _, in_features = str(key).partition("x")
+        if not (out_features.isdecimal() and in_features.isdecimal()):
+            raise ConfigError(f'layers[{path}]: expected "OUTxIN"; got {key!r}')
+        dims[path] = int(out_features), int(in_features)
+    return dims
 
 
 def linear_dims(module: nn.Module, **kwargs: Any) -> tuple[int, int] | None:
@@ -117,6 +132,11 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     adapter called "0" it would leave layer 0 and every group 0 out of what it saves for the other adapters.
     """
     taken = {part for path in _outer_modules(model) for part in path.split(".")}.union(_RESERVED)
+    taken |= {
+        path.rpartition(".")[2]
+        for path, _ in (*model.named_parameters(), *model.named_buffers())
+        if "moka_" not in path
+    }
     if not name or "." in name:
         raise ConfigError(f"adapter_name: expected a name without dots; got {name!r}")
     if name.isdecimal() or name in taken:

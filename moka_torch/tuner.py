@@ -84,8 +84,11 @@ class MokaModel(BaseTuner):
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
         core = config.to_core()
+        if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+            raise ConfigError("layers_to_transform: this type of model has its target_modules as one string; name them")
         if config.layers:
             plans = plan_stated(core, config.layers, model)
+            config.spell_out()
         else:
             plans = plan_targets(core, model, functools.partial(_excluded, config))
             _warn_of_idle_exclusion(config, model)
@@ -175,6 +178,15 @@ class MokaModel(BaseTuner):
                 f"{', '.join(self.peft_config)}, and {BASE!r} for none."
             )
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer does, for that adapter; see `MokaLinear`.
+
+        PeftModel does not hand the name on: where there is no adapter "default", the active ones are meant.
+        """
+        names = [adapter_name] if adapter_name in self.peft_config else self.active_adapters
+        layers = [module for module in self.modules() if isinstance(module, MokaLinear)]
+        return all(layer.supports_lora_conversion(name) for layer in layers for name in names)
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's ΔW by `scale` in every layer; 1 is what its config says. Not saved with it.
 
@@ -248,13 +260,16 @@ class MokaModel(BaseTuner):
         )
         try:
             self.inject_adapter(self.model, adapter_name)
-        except ConfigError:
+            self._cast_adapter_dtype(adapter_name)  # to float32, as PeftModel.add_adapter does
+            with torch.no_grad():
+                for path, (_, _, tensors) in combined.items():
+                    for name, parameter in layers[path].tensors(adapter_name).items():
+                        parameter.copy_(tensors[name])
+        except BaseException:
+            for layer in layers.values():
+                layer.delete_adapter(adapter_name)
             del self.peft_config[adapter_name]
             raise
-        with torch.no_grad():
-            for path, (_, _, tensors) in combined.items():
-                for name, parameter in layers[path].tensors(adapter_name).items():
-                    parameter.copy_(tensors[name])
 
     @classmethod
     def _get_adapter_state_dict(
