@@ -26,10 +26,10 @@ OPTIONAL_FIELDS = (
     "modules_to_save",
     "bias",
 )
-# Fields that say how an adapter is made or computed, not what it is.
 # What `get_peft_model` fills in, from the model.
 STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint")
 BIASES = ("none", "all", "moka_only")
+# Fields that say how an adapter is made or computed, not what it is.
 OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "filled_in")
 
 
