@@ -184,6 +184,14 @@ def settled(arguments: argparse.Namespace) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def known_shapes(wanted: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
+    """The names of the shapes to measure, all by default; the program ends at the first that is unknown."""
+    for shape in wanted or known:
+        if shape not in known:
+            raise SystemExit(f"--shapes: expected some of {', '.join(known)}; got {shape!r}")
+    return list(wanted or known)
+
+
 def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
     """The names that a wanted word is (with or without its framework) or, if it is none, is part of; all by default."""
     names = list(names)

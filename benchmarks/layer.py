@@ -20,6 +20,7 @@ from benchmarks.harness import (
     environment,
     file_name,
     interleave,
+    known_shapes,
     note,
     numbers,
     seconds_cell,
@@ -52,9 +53,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cases": [],
     }
     known = QUICK if arguments.quick else SHAPES
-    for shape in arguments.shapes or known:
-        if shape not in known:
-            raise SystemExit(f"--shapes: expected some of {', '.join(known)}; got {shape!r}")
+    for shape in known_shapes(arguments.shapes, known):
         layers = _layers(arguments, *known[shape])
         for tokens in arguments.tokens:
             result["cases"].append(_case(arguments, layers, shape, known[shape], tokens, speed))

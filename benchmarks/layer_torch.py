@@ -120,18 +120,24 @@ class TorchLayer:
         return {name: self._call(self.variants[name](), x, dy) for name in names}
 
     def _call(self, layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         with torch.no_grad():
-            for parameter in trained:
-                parameter.normal_(std=0.02)
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.02)
+        return forward_and_backward(layer, x, dy)
 
-        def run() -> Any:
-            with autocast(self.dtype, self.device):
-                y = layer(x)
-            return torch.autograd.grad(y, [x, *trained], dy)
 
-        def wait(_: Any) -> None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+def forward_and_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
+    """A layer's forward, and the gradients by x and by its trained parameters; in bfloat16 under autocast."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
-        return Call(run, wait)
+    def run() -> Any:
+        with autocast(x.dtype, x.device):
+            y = layer(x)
+        return torch.autograd.grad(y, [x, *trained], dy)
+
+    def wait(_: Any) -> None:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return Call(run, wait)

@@ -21,13 +21,13 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from benchmarks.harness import (
-    Call,
     add_options,
     chosen,
     describe,
     environment,
     file_name,
     interleave,
+    known_shapes,
     note,
     numbers,
     reason,
@@ -37,7 +37,7 @@ from benchmarks.harness import (
     words,
     write_results,
 )
-from benchmarks.layer_torch import autocast
+from benchmarks.layer_torch import autocast, forward_and_backward
 from moka_core import KronShape, LayerPlan, MokaConfig, ShapeGroup, plan_layer, preset
 from moka_torch import MokaLinear
 
@@ -65,9 +65,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.tokens = arguments.tokens or ([16] if arguments.quick else list(TOKENS[arguments.device]))
     result: dict[str, Any] = {"environment": environment(arguments), "cases": []}
     known = QUICK if arguments.quick else SHAPES
-    for shape in arguments.shapes or known:
-        if shape not in known:
-            raise SystemExit(f"--shapes: expected some of {', '.join(known)}; got {shape!r}")
+    for shape in known_shapes(arguments.shapes, known):
         for pair in arguments.pairs:
             layers = Pair(*known[shape], pair, arguments.dtype, arguments.device)
             for tokens in arguments.tokens:
@@ -91,7 +89,7 @@ def _case(arguments: argparse.Namespace, layers: Pair, shape: str, tokens: int) 
             if not arguments.keep_going:
                 raise
             failures[name] = reason(error)
-    calls = {name: layers.call(layer, x, dy) for name, layer in built.items() if name not in failures}
+    calls = {name: forward_and_backward(layer, x, dy) for name, layer in built.items() if name not in failures}
     repeats = arguments.repeats or _repeats(arguments, tokens)
     timings = interleave(calls, repeats, keep_going=arguments.keep_going)
     del calls, built
@@ -202,21 +200,6 @@ class Pair:
         """A random input, which needs a gradient, and a random gradient of the output."""
         x = torch.randn(tokens, self.in_, device=self.device, dtype=self.dtype, requires_grad=True)
         return x, torch.randn(tokens, self.out, device=self.device, dtype=self.dtype)
-
-    def call(self, layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-        """Forward, and the gradients by x and by the adapter's parameters."""
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-        def run() -> Any:
-            with autocast(self.dtype, self.device):
-                y = layer(x)
-            return torch.autograd.grad(y, [x, *trained], dy)
-
-        def wait(_: Any) -> None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return Call(run, wait)
 
     def kept(self, layer: nn.Module, x: Tensor) -> dict[str, int]:
         """Bytes that autograd keeps for the backward, without the parameters: {"without_x": …, "with_x": …}.
