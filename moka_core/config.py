@@ -100,7 +100,7 @@ class MokaConfig:
         for name in ("r", "num_shapes", "block_entries"):
             _check_count(name, getattr(self, name))
         _check_scale("scale", self.scale)
-        _check_finite("dropout", self.dropout)
+        check_finite("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected 0 <= dropout < 1; got {self.dropout!r}")
         if self.identity == self.zero_factor:
@@ -354,13 +354,15 @@ def _check_count(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: expected a whole number >= 1; got {value!r}")
 
 
-def _check_finite(name: str, value: Any) -> None:
+def check_finite(name: str, value: Any) -> float:
+    """`value`, if it is a finite number; a ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{name}: expected a finite number; got {value!r}")
+    return float(value)
 
 
 def _check_scale(name: str, value: Any) -> None:
-    _check_finite(name, value)
+    check_finite(name, value)
     if value == 0:
         raise ConfigError(f"{name}: expected a number other than 0; 0 would switch the adapter off for good")
 

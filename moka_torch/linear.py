@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moka_core import LayerPlan, MokaConfig
 from moka_core.adapter import expected_tensors
+from moka_core.config import check_finite
 from moka_core.errors import AdapterError, ConfigError, ModelError
 from moka_core.execution import Execution, check_execution
 from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
@@ -290,19 +290,19 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         """Multiply ΔW of an adapter by `scale`, from 1; a layer without that adapter is left alone."""
         if adapter_name in self.scaling:
             self._refuse_merged(adapter_name)
-            self.scaling[adapter_name] = check_multiplier(scale) * self.moka_config[adapter_name].scale
+            self.scaling[adapter_name] = check_finite("scale", scale) * self.moka_config[adapter_name].scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiply ΔW of the active adapters by `scale`, on top of what is on them."""
         for name in self._present(self.active_adapters):
-            self.set_scale(name, self.multiplier(name) * check_multiplier(scale))
+            self.set_scale(name, self.multiplier(name) * check_finite("scale", scale))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide ΔW of the active adapters by `scale`, or undo all that was put on them if None."""
         if scale == 0:
             raise ConfigError("scale: expected a number other than 0 to divide by; give none to undo all scaling")
         for name in self._present(self.active_adapters):
-            self.set_scale(name, 1.0 if scale is None else self.multiplier(name) / check_multiplier(scale))
+            self.set_scale(name, 1.0 if scale is None else self.multiplier(name) / check_finite("scale", scale))
 
     def _refuse_merged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
@@ -421,17 +421,6 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         plans = ", ".join(f"{name}: {' + '.join(map(_brief, plan.groups))}" for name, plan in self.moka_plan.items())
         return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
-
-
-def check_multiplier(scale: Any) -> float:
-    """`scale`, if it is a finite number.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ConfigError(f"scale: expected a finite number; got {scale!r}")
-    return float(scale)
 
 
 def _entry(container: nn.ModuleDict, adapter_name: str) -> nn.ParameterDict:
