@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moka_core import Architecture, ModelError
+
+Attend = Literal["xla", "cudnn"]
 
 MODEL_TYPES = ("llama", "mistral")
 

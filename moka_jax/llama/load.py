@@ -11,7 +11,7 @@ from flax import nnx
 
 from moka_core import ModelError, Nf4Weight
 from moka_jax.attach import linear_sites
-from moka_jax.llama.config import LlamaConfig
+from moka_jax.llama.config import Attend, LlamaConfig
 from moka_jax.llama.model import Llama
 from moka_jax.nf4 import Nf4Linear
 
@@ -37,19 +37,21 @@ class BaseTensors(Protocol):
         """(path in our LLaMA, layer or None, value); linear weights (in, out) if dense, (out, in) if packed."""
 
 
-def load_llama(base: BaseTensors, *, dtype: jnp.dtype = jnp.float32, remat: bool = True) -> Llama:
+def load_llama(
+    base: BaseTensors, *, dtype: jnp.dtype = jnp.float32, remat: bool = True, attend: Attend = "xla"
+) -> Llama:
     """The model with a checkpoint's weights; packed weights stay packed.
 
     Args:
         base: an opened model folder (`conversion.open_base`).
         dtype: of activations and products; dense weights are held in it too, norms in float32.
-        remat: see `Llama`.
+        remat, attend: see `Llama`.
 
     Raises:
         ModelError: the model is not supported, or tensors are missing, unexpected or mis-shaped (all listed).
     """
     config = LlamaConfig.from_hf_config(base.config)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, remat=remat, attend=attend, rngs=nnx.Rngs(0)))
     layers = config.architecture.num_hidden_layers
     values: dict[tuple[str, ...], Any] = {}
     for path, layer, tensor in base.flax_tensors():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from moka_core import Architecture
-from moka_jax.llama.config import LlamaConfig, RopeConfig
+from moka_core import Architecture, ConfigError
+from moka_jax.llama.config import Attend, LlamaConfig
+from moka_jax.llama.rope import rope_frequencies, rotate
 from moka_jax.stack import Stack
 
 
@@ -20,12 +19,13 @@ from moka_jax.stack import Stack
 class KvCache:
     """Keys and values of what was read so far.
 
-    Holds: keys and values are (layers, batch, capacity, kv heads, head_dim); positions < length are filled.
+    Holds: keys and values are (layers, batch, capacity, kv heads, head_dim); in row b the positions < lengths[b] are
+    filled, lengths being (batch,) int32.
     """
 
     keys: jax.Array
     values: jax.Array
-    length: jax.Array
+    lengths: jax.Array
 
 
 class RmsNorm(nnx.Module):
@@ -41,40 +41,12 @@ class RmsNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """The angle per position of every pair of channels, (head_dim / 2,), float32.
-
-    θ_k = theta^(-2k / head_dim); "linear" divides by factor; "llama3" divides wavelengths longer than
-    original/low by factor, keeps those shorter than original/high, and blends between.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1) / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
-    if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        low, high = (rope.original_max_position / f for f in (rope.low_freq_factor, rope.high_freq_factor))
-        scaled = np.where(wavelengths > low, frequencies / rope.factor, frequencies)
-        smooth = (rope.original_max_position / wavelengths - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-        return np.where((wavelengths <= low) & (wavelengths >= high), blended, scaled).astype(np.float32)
-    return frequencies
-
-
-def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
-    """Rotary embedding of x (batch, time, heads, head_dim), the two halves of the channels being the pairs."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cosines + turned * sines
-
-
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs) -> None:
         sizes = config.architecture
+        self.attend = attend
         self.heads, self.kv_heads, self.head_dim = (
             sizes.num_attention_heads,
             sizes.num_key_value_heads,
@@ -95,6 +67,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         cosines: jax.Array,
         sines: jax.Array,
+        mask: jax.Array | None,
         cache: tuple[jax.Array, jax.Array] | None,
         start: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -103,15 +76,22 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x).reshape(batch, time, self.kv_heads, self.head_dim), cosines, sines)
         v = self.v_proj(x).reshape(batch, time, self.kv_heads, self.head_dim)
         if cache is None:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=self.attend)
         else:
             assert start is not None
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
+            k, v = _append(cache[0], k, start), _append(cache[1], v, start)
             cache = (k, v)
-            seen = jnp.arange(k.shape[1])[None, :] <= start + jnp.arange(time)[:, None]
-            y = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return self.o_proj(y.reshape(batch, time, self.heads * self.head_dim)), cache
+
+
+def _append(held: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """`held` (batch, capacity, …) with row b of `new` (batch, time, …) written from position start[b] on."""
+
+    def write(held: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), start, axis=0)
+
+    return jax.vmap(write)(held, new, start)
 
 
 class Mlp(nnx.Module):
@@ -134,10 +114,10 @@ class Mlp(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm block: attention, then the gated MLP, each added to the stream."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs) -> None:
         hidden = config.architecture.hidden_size
         self.input_layernorm = RmsNorm(hidden, config.rms_norm_eps)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, attend=attend, rngs=rngs)
         self.post_attention_layernorm = RmsNorm(hidden, config.rms_norm_eps)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
@@ -147,9 +127,10 @@ class DecoderLayer(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None,
         cosines: jax.Array,
         sines: jax.Array,
+        mask: jax.Array | None,
         start: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), cosines, sines, cache, start)
+        attended, cache = self.self_attn(self.input_layernorm(x), cosines, sines, mask, cache, start)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -157,11 +138,11 @@ class DecoderLayer(nnx.Module):
 class LlamaModel(nnx.Module):
     """Embedding, decoder layers and the last norm: what a checkpoint calls `model`."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, remat: bool, attend: Attend, rngs: nnx.Rngs) -> None:
         sizes = config.architecture
         self.embed_tokens = nnx.Embed(sizes.vocab_size, sizes.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = Stack.create(
-            lambda layer_rngs: DecoderLayer(config, dtype=dtype, rngs=layer_rngs),
+            lambda layer_rngs: DecoderLayer(config, dtype=dtype, attend=attend, rngs=layer_rngs),
             sizes.num_hidden_layers,
             rngs=rngs,
             remat=remat,
@@ -177,17 +158,28 @@ class Llama(nnx.Module):
         dtype: of activations and products, float32 or bfloat16; norms, rotary angles, softmax and logits
             are float32.
         remat: recompute each layer's inside in the backward pass: less memory, a third more work.
+        attend: how attention is computed: "xla" anywhere; "cudnn", flash attention on NVIDIA GPUs, in bfloat16.
         rngs: draws random weights; `load_llama` puts a checkpoint's in their place.
+
+    Raises:
+        ConfigError: "cudnn" on another backend, in another dtype, or with heads that it does not take.
     """
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = True, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: bool = True,
+        attend: Attend = "xla",
+        rngs: nnx.Rngs,
     ) -> None:
+        _check_attend(attend, dtype, config.architecture.head_dim)
         self.config = config
         self.dtype = dtype
         self.base_fingerprint: str | None = None
         self.base_model: str | None = None
-        self.model = LlamaModel(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.model = LlamaModel(config, dtype=dtype, remat=remat, attend=attend, rngs=rngs)
         sizes = config.architecture
         tied = sizes.tie_word_embeddings
         self.lm_head = (
@@ -198,28 +190,49 @@ class Llama(nnx.Module):
     def architecture(self) -> Architecture:
         return self.config.architecture
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
             tokens: (batch, time), int; padding on the right is harmless, since attention is causal.
+            positions: (batch, time), int, for the rotary embedding; 0, 1, … if None.
+            segments: (batch, time), int: a token sees only those of its own segment, so that several texts can stand
+                in one row. Their positions should restart.
 
         Returns:
             (batch, time, vocab), float32.
         """
-        hidden, _ = self._hidden(tokens, jnp.arange(tokens.shape[1]), None)
-        return self._logits(hidden)
+        return self._logits(self.hidden(tokens, positions=positions, segments=segments))
 
-    def decode(self, tokens: jax.Array, cache: KvCache) -> tuple[jax.Array, KvCache]:
-        """Logits after the last of `tokens`, (batch, vocab), float32, and the cache that has read them.
+    def hidden(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        """What the output head reads, (batch, time, hidden), in the model's dtype; the arguments of a call."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        return self._run(tokens, positions, mask, None)[0]
+
+    def decode(self, tokens: jax.Array, cache: KvCache, counts: jax.Array | None = None) -> tuple[jax.Array, KvCache]:
+        """Logits after the last token of every row, (batch, vocab), float32, and the cache that has read them.
 
         Args:
-            tokens: (batch, time), read at positions cache.length, …; the cache must have room for them.
+            tokens: (batch, time), read at positions cache.lengths, …; the cache must have room for them.
+            counts: (batch,), int32, at least 1: how many tokens of each row are meant, the others being padding on
+                the right; all of them if None.
         """
-        positions = cache.length + jnp.arange(tokens.shape[1])
-        hidden, filled = self._hidden(tokens, positions, cache)
+        time, capacity = tokens.shape[1], cache.keys.shape[2]
+        if counts is None:
+            counts = jnp.full(tokens.shape[:1], time, jnp.int32)
+        positions = cache.lengths[:, None] + jnp.arange(time)
+        # what padding leaves in the cache stands behind all positions that a row has reached, until it is overwritten
+        mask = (jnp.arange(capacity) <= positions[:, :, None])[:, None]
+        hidden, filled = self._run(tokens, positions, mask, cache)
         assert filled is not None
-        return self._logits(hidden[:, -1]), filled
+        last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), KvCache(keys=filled[0], values=filled[1], lengths=cache.lengths + counts)
 
     def new_cache(self, batch: int, capacity: int) -> KvCache:
         """An empty cache for `capacity` positions."""
@@ -227,26 +240,38 @@ class Llama(nnx.Module):
         shape = (sizes.num_hidden_layers, batch, capacity, sizes.num_key_value_heads, sizes.head_dim)
         # two arrays, not one twice: a compiled step donates both
         keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
-        return KvCache(keys=keys, values=values, length=jnp.zeros((), jnp.int32))
+        return KvCache(keys=keys, values=values, lengths=jnp.zeros((batch,), jnp.int32))
 
-    def _hidden(
-        self, tokens: jax.Array, positions: jax.Array, cache: KvCache | None
-    ) -> tuple[jax.Array, KvCache | None]:
+    def _run(
+        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array | None, cache: KvCache | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.architecture.head_dim))
-        angles = positions.astype(jnp.float32)[:, None] * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)[None, :, None, :]
+        angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+        angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
         cosines, sines = jnp.cos(angles).astype(self.dtype), jnp.sin(angles).astype(self.dtype)
         x = self.model.embed_tokens(tokens)
         own = None if cache is None else (cache.keys, cache.values)
-        start = None if cache is None else cache.length
-        x, own = self.model.layers(x, cosines, sines, start, per_layer=own)
-        if cache is not None:
-            assert own is not None
-            assert start is not None
-            cache = KvCache(keys=own[0], values=own[1], length=start + tokens.shape[1])
-        return self.model.norm(x), cache
+        start = None if cache is None else cache.lengths
+        x, own = self.model.layers(x, cosines, sines, mask, start, per_layer=own)
+        return self.model.norm(x), own
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
+
+
+def _check_attend(attend: Attend, dtype: jnp.dtype, head_dim: int) -> None:
+    if attend not in ("xla", "cudnn"):
+        raise ConfigError(f"attend: expected xla or cudnn; got {attend!r}")
+    if attend == "xla":
+        return
+    problems = []
+    if jax.default_backend() != "gpu":
+        problems.append(f"an NVIDIA GPU (this is {jax.default_backend()})")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        problems.append(f"bfloat16 (this is {jnp.dtype(dtype).name})")
+    if head_dim % 8 or head_dim > 128:
+        problems.append(f"heads of a multiple of 8 up to 128 entries (these have {head_dim})")
+    if problems:
+        raise ConfigError(f"attend: 'cudnn' needs {', and '.join(problems)}; use 'xla'")

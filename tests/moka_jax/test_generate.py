@@ -37,11 +37,11 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass_at_each_position(ste
     graphdef, state = nnx.split(model)
     decode = jax.jit(lambda state, tokens, cache: nnx.merge(graphdef, state).decode(tokens, cache))
     cache, read = model.new_cache(2, sum(steps) + 3), 0  # more room than needed: unfilled places must not count
-    cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e3) if leaf.ndim else leaf, cache)
+    cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e3) if leaf.ndim > 1 else leaf, cache)
     for step in steps:
         logits, cache = decode(state, tokens[:, read : read + step], cache)
         read += step
-        assert int(cache.length) == read
+        assert cache.lengths.tolist() == [read, read]
         np.testing.assert_allclose(logits, full[:, read - 1], rtol=0, atol=2e-6 * np.ptp(full))
 
 
@@ -122,3 +122,25 @@ def test_64_tokens_are_those_of_transformers(tmp_path, variant):
     stop = expected[20]
     stopped = torch_greedy(reference, prompt, 64, eos_token_id=stop)
     assert [*generate(model, prompt, max_new_tokens=64, stop_tokens={stop}), stop] == stopped
+
+
+def test_rows_of_different_length_are_decoded_as_each_alone():
+    model = tiny_llama()
+    import_adapter(model, random_adapter(model))
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, 40, length) for length in (5, 2, 7)]
+    later = rng.integers(0, 40, (3, 3))
+    padded = np.zeros((3, 7), np.int64)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    logits, cache = model.decode(padded, model.new_cache(3, 12), jnp.array([5, 2, 7]))
+    found = [logits]
+    for step in range(3):
+        logits, cache = model.decode(later[:, step : step + 1], cache)
+        found.append(logits)
+    for index, tokens in enumerate(rows):
+        whole = run(model, np.concatenate([tokens, later[index]])[None])[0]
+        for step in range(4):
+            expected = whole[len(tokens) + step - 1]
+            np.testing.assert_allclose(found[step][index], expected, rtol=0, atol=2e-6 * np.ptp(whole))
+    assert cache.lengths.tolist() == [8, 5, 10]

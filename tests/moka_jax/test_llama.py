@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from conversion.base_weights import open_base
-from moka_core import ModelError, Nf4Weight
+from moka_core import ConfigError, ModelError, Nf4Weight
 from moka_jax.attach import linear_sites
 from moka_jax.llama import Llama, LlamaConfig, RopeConfig, generate, load_llama, packed_weights
-from moka_jax.llama.model import rope_frequencies
+from moka_jax.llama.rope import rope_frequencies
 from moka_jax.nf4 import Nf4Linear
-from tests.moka_jax.toys import run
+from tests.moka_jax.toys import run, tiny_llama
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -131,7 +131,7 @@ def test_in_bfloat16_logits_are_near_and_nothing_is_promoted(tmp_path):
         assert dtypes == ({"bfloat16", "float32"} if quantise == "none" else {"bfloat16", "float32", "uint8"})
         graphdef, state = nnx.split(model)
         hidden = jax.eval_shape(
-            lambda state, tokens, g=graphdef: nnx.merge(g, state)._hidden(tokens, jnp.arange(24), None)[0],
+            lambda state, tokens, g=graphdef: nnx.merge(g, state).hidden(tokens),
             state,
             tokens,
         )
@@ -294,3 +294,35 @@ def test_smollm2_gives_the_logits_and_64_greedy_tokens_of_transformers(smollm):
     assert error_of_range(found, expected) <= LIMIT  # measured: 2.6e-6
     assert (found.argmax(-1) == expected.argmax(-1)).all()
     assert generate(model, prompt, max_new_tokens=64) == continued
+
+
+def test_texts_in_one_row_are_computed_as_each_alone():
+    model = tiny_llama()
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 40, length) for length in (4, 7, 3)]
+    row = np.concatenate([*texts, [0, 0]])[None]
+    positions = np.concatenate([np.arange(len(text)) for text in [*texts, [0, 0]]])[None]
+    segments = np.repeat([1, 2, 3, 0], [4, 7, 3, 2])[None]
+    packed = np.asarray(model(row, positions=positions, segments=segments))[0]
+    start = 0
+    for text in texts:
+        alone = np.asarray(model(text[None]))[0]
+        np.testing.assert_allclose(packed[start : start + len(text)], alone, rtol=0, atol=2e-6 * np.ptp(alone))
+        start += len(text)
+    without = np.asarray(model(row))[0]
+    assert np.abs(without[4:14] - packed[4:14]).max() > 1e-2 * np.ptp(packed)  # they would see each other
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (jnp.float32, "an NVIDIA GPU .this is cpu., and bfloat16 .this is float32."),
+        (jnp.bfloat16, "'cudnn' needs an NVIDIA GPU"),
+    ],
+)
+def test_flash_attention_by_name_is_refused_where_there_is_none(dtype, message):
+    config = tiny_llama().config
+    with pytest.raises(ConfigError, match=message):
+        Llama(config, dtype=dtype, attend="cudnn", rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="attend: expected xla or cudnn; got 'flash'"):
+        Llama(config, attend="flash", rngs=nnx.Rngs(0))
