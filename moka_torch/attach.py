@@ -17,6 +17,7 @@ from moka_core.errors import AdapterError, ConfigError
 from moka_core.execution import Execution
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.loading import adapted_layers, check_peft_model
+from moka_torch.saving import check_unchanged
 from moka_torch.targets import plan_stated
 from moka_torch.tuner import MokaConfig
 
@@ -53,7 +54,7 @@ def attach(
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         for layer in adapted_layers(peft_model, adapter_name).values():
-            layer.reset_parameters(adapter_name, generator)
+            layer.reset_parameters(adapter_name, generator, init_weights=config.init_weights)
     return peft_model
 
 
@@ -78,6 +79,7 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
             f"adapter {adapter_name!r}: {' and '.join(config.beyond_mixture)} make it train more than mixtures, which "
             "an Adapter does not hold; save it with PEFT's save_pretrained"
         )
+    check_unchanged(adapted_layers(peft_model, adapter_name), config, adapter_name)
     core = dataclasses.replace(config.to_core(), execution="auto")  # how it was computed is no part of it
     layers = {}
     for path, layer in adapted_layers(peft_model, adapter_name).items():

@@ -57,7 +57,8 @@ def norm_weights(model: nn.Module) -> dict[str, np.ndarray]:
     for path, module in model.named_modules():
         if ".modules_to_save." in f".{path}.":  # a trained copy; the base's own stands beside it
             continue
-        path = path.replace(".original_module", "")
+        path = path.replace(".original_module", "").replace("_checkpoint_wrapped_module.", "")
+        path = path.removesuffix("._checkpoint_wrapped_module")
         weight = getattr(module, "weight", None)
         if type(module).__name__.lower().endswith("norm") and isinstance(weight, torch.Tensor) and weight.ndim == 1:
             name = f"{path}.weight" if path else "weight"

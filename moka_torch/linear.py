@@ -74,7 +74,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.moka_factor_a = nn.ModuleDict()
         self.moka_factor_b = nn.ModuleDict()
-        self.moka_gate_logits = nn.ParameterDict()
+        self.moka_gate_logits = _Gates()
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
@@ -116,7 +116,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         groups = {str(index): group for index, group in enumerate(plan.groups)}
         for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
             stored = groups if config.identity != factor else {}
-            container[adapter_name] = nn.ParameterDict(
+            container[adapter_name] = _Stacks(
                 {name: nn.Parameter(torch.empty(group.factor_shape(factor))) for name, group in stored.items()}
             )
         if adapter_name in self.moka_gate_logits:
@@ -146,7 +146,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         """
         config = self.moka_config[adapter_name]
         for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
-            for parameter in _entry(container, adapter_name).values():
+            for parameter in container[adapter_name]():
                 if factor == config.zero_factor and init_weights:
                     parameter.zero_()
                 elif parameter.device.type == "meta":
@@ -166,9 +166,17 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         """(factor_a by group, factor_b by group, gate_logits) of an adapter, as `moka_apply` takes them.
 
         Raises:
-            ModelError: they are sharded, and this is not called from within the model that shards them.
+            ModelError: they are sharded, and this is not called from within the model that shards them; or they have
+                no values, the base layer having some.
         """
         factor_a, factor_b, logits = self._stored(adapter_name)
+        if any(tensor is not None and tensor.is_meta for tensor in (*factor_a, *factor_b, logits)):
+            weight = getattr(self.get_base_layer(), "weight", None)
+            if weight is not None and not weight.is_meta:
+                raise ModelError(
+                    f"adapter {adapter_name!r} has no values yet: its factors are on the meta device, as after "
+                    "low_cpu_mem_usage=True. Load its weights first, or attach it without that."
+                )
         if any(isinstance(tensor, DTensor) for tensor in (*factor_a, *factor_b, logits)):
             raise ModelError(
                 f"adapter {adapter_name!r} is sharded, as by FSDP2's fully_shard, and a mixture needs its factors "
@@ -179,9 +187,9 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def _stored(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         return (
-            tuple(_entry(self.moka_factor_a, adapter_name).values()),
-            tuple(_entry(self.moka_factor_b, adapter_name).values()),
-            self.moka_gate_logits.get(adapter_name, None),
+            self.moka_factor_a[adapter_name](),
+            self.moka_factor_b[adapter_name](),
+            self.moka_gate_logits(adapter_name),
         )
 
     def tensor_names(self, adapter_name: str) -> list[str]:
@@ -223,11 +231,11 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_by_sample(x, adapter_names, args, kwargs, execution)
-        names = self._present(self.active_adapters)
+        names = [name for name in self._present(self.active_adapters) if name not in self.merged_adapters]
         for name in names:
             refuse_special(execution or self.moka_config[name].execution, {"this layer": self.base_layer})
         if len(names) == 1 and not args and not kwargs and not self._drops(names[0]):
@@ -362,7 +370,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW to the base weight; a quantised weight is decoded, added to, and encoded again.
+        """Add Σ ΔW to the base weight, rounded once; a quantised weight is decoded, added to, and encoded again.
 
         Args:
             safe_merge: leave the base weight as it is if the merged one would have NaN or infinite entries.
@@ -371,45 +379,59 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         Raises:
             AdapterError: `safe_merge`, and the merged weight is not finite.
         """
-        for name in self._present(check_adapters_to_merge(self, adapter_names)):
-            merged = self._shifted(name, sign=1)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise AdapterError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: W + ΔW has NaN or "
-                    "infinite entries. The base weight was left as it was; check the adapter, or the base's dtype."
-                )
-            if self.quantization_backend is not None:
-                warnings.warn(
-                    f"merging into a {self.quantization_backend.backend_name} layer encodes it again, and what of ΔW "
-                    "is small against the gaps between its levels is lost. moka_torch.merge(model, dtype="
-                    "torch.bfloat16) gives a dense model that keeps it.",
-                    stacklevel=2,
-                )
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
-            self._merged_scaling[name] = self.scaling[name]
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        merged = self._shifted(names, sign=1)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise AdapterError(
+                f"NaNs detected in the merged weights. The adapter {' or '.join(names)} seems to be broken: W + ΔW has "
+                "NaN or infinite entries. The base weight was left as it was; check the adapter, or the base's dtype."
+            )
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"merging into a {self.quantization_backend.backend_name} layer encodes it again, and what of ΔW "
+                "is small against the gaps between its levels is lost. moka_torch.merge(model, dtype="
+                "torch.bfloat16) gives a dense model that keeps it.",
+                stacklevel=2,
+            )
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+        self._merged_scaling.update({name: self.scaling[name] for name in names})
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take every merged ΔW off the base weight again; exact up to the rounding of its dtype."""
+        """Take every merged ΔW off the base weight again; exact up to the rounding of its dtype.
+
+        A quantised weight is encoded once more: what merging lost does not come back, and a warning says so.
+        """
         if not self.merged:
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
-        while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            current, self.scaling[name] = self.scaling[name], self._merged_scaling[name]
-            try:
-                self.set_base_weight(self._shifted(name, sign=-1))
-            finally:
-                self.scaling[name] = current
-            self.merged_adapters.pop()
+            return
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"unmerging from a {self.quantization_backend.backend_name} layer encodes it again and does not bring "
+                "back the weight that it had before merging; load the base again for that",
+                stacklevel=2,
+            )
+        current = dict(self.scaling)
+        self.scaling.update({name: self._merged_scaling[name] for name in self.merged_adapters})
+        try:
+            self.set_base_weight(self._shifted(self.merged_adapters, sign=-1))
+        finally:
+            self.scaling.update(current)
+        self.merged_adapters.clear()
 
-    def _shifted(self, adapter_name: str, *, sign: int) -> Tensor:
-        """W ± ΔW as a new tensor of W's dtype, summed in float32 at least."""
+    def _shifted(self, adapter_names: Sequence[str], *, sign: int) -> Tensor:
+        """W ± Σ ΔW as a new tensor of W's dtype, summed in float32 at least and rounded once."""
         refuse_repacked(self.get_base_layer())
         weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter_name)
-        precise = torch.promote_types(weight.dtype, delta.dtype)
-        return (weight.to(precise) + sign * delta.to(weight.device, precise)).to(weight.dtype)
+        dtype, total = weight.dtype, weight
+        for name in adapter_names:
+            delta = self.get_delta_weight(name)
+            precise = torch.promote_types(total.dtype, delta.dtype)
+            total = total.to(precise) + sign * delta.to(weight.device, precise)
+        return total.to(dtype)
 
     def _present(self, adapter_names: list[str]) -> list[str]:
         """Those of the adapters that this layer has: adapters may target different layers."""
@@ -423,10 +445,35 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
 
 
-def _entry(container: nn.ModuleDict, adapter_name: str) -> nn.ParameterDict:
-    entry = container[adapter_name]
-    assert isinstance(entry, nn.ParameterDict)
-    return entry
+class _Stacks(nn.ParameterDict):
+    """The factors of one adapter by the number of their group; called, it gives them in the order of the groups.
+
+    They are had by a call so that what hooks calls of modules reaches them, as accelerate's offloading does. (The order
+    of a ParameterDict itself is that of the names as text, in which 10 comes before 2.)
+    """
+
+    __call__ = nn.Module.__call__  # ParameterDict's own refuses
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self[str(group)] for group in range(len(self)))
+
+
+class _Gates(nn.ParameterDict):
+    """The gate logits by adapter; called with an adapter's name, it gives its own, or None.
+
+    What replaces logits is as trainable as they were: PEFT casts and moves them by assigning plain tensors, of which a
+    ParameterDict makes trainable parameters.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value.detach(), requires_grad=self[key].requires_grad)
+        super().__setitem__(key, value)
+
+    def forward(self, adapter_name: str) -> Tensor | None:
+        return self.get(adapter_name, None)
 
 
 def _brief(group: Any) -> str:

@@ -29,8 +29,10 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MokaLinear]
 
 
 def plain_path(path: str) -> str:
-    """A path or key in a PeftModel, without what PEFT and FSDP put into it: as in a Hugging Face checkpoint."""
-    return path.replace("_fsdp_wrapped_module.", "").removeprefix(CHECKPOINT_PREFIX)
+    """A path or key in a PeftModel as in a Hugging Face checkpoint: without what PEFT and torch's wrappers put in."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        path = path.replace(wrapper, "")
+    return path.removeprefix(CHECKPOINT_PREFIX)
 
 
 def check_peft_model(model: object) -> None:

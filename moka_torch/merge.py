@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
@@ -37,18 +39,19 @@ def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: of the dense model's parameters; None leaves every layer in the format that it has.
 
     Raises:
-        AdapterError: an adapter has NaN or infinite entries, or no adapter is active. Nothing has been merged.
+        AdapterError: an adapter, or W + ΔW in the dtype that it is to have, has NaN or infinite entries; no adapter is
+            active; or, with a `dtype`, a layer has an adapter of another method. Nothing has been merged.
         ConfigError: `dtype` is none of `DTYPES`.
     """
     check_peft_model(peft_model)
     layers = {path: layer for path, layer in peft_model.named_modules() if isinstance(layer, MokaLinear)}
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
     _check(peft_model, layers)
+    _check_range(layers, dtype)
     if dtype is None:
         return peft_model.merge_and_unload(safe_merge=True)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
-    if dtype == torch.float16:
-        _check_range(layers)
+    _refuse_others(peft_model)
     for layer in layers.values():
         layer.base_layer = _decoded(layer.get_base_layer(), layer.quantization_backend, dtype)
         layer.quantization_backend = None
@@ -61,6 +64,31 @@ def merge(peft_model: PeftModel, dtype: torch.dtype | None = None) -> nn.Module:
             parameter.data = parameter.data.to(dtype)
     _describe(model, dtype)
     return model
+
+
+def untie(model: nn.Module) -> None:
+    """Give every adapted layer whose weight is another module's too, as a tied output head's is, one of its own."""
+    layers = [module for module in model.modules() if isinstance(module, MokaLinear)]
+    own = {id(layer.get_base_layer()) for layer in layers}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module.parameters(recurse=False)
+    }
+    for layer in layers:
+        base: Any = layer.get_base_layer()
+        if id(base.weight) not in others:
+            continue
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        config = getattr(model, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "an adapted layer shares its weight with another one, as an output head that is tied to the input's "
+            "embedding does; it is given a weight of its own, which merging changes",
+            stacklevel=3,
+        )
 
 
 def _check(peft_model: PeftModel, layers: dict[str, MokaLinear]) -> None:
@@ -80,17 +108,29 @@ def _check(peft_model: PeftModel, layers: dict[str, MokaLinear]) -> None:
     raise_problems(problems, "nothing was merged")
 
 
-def _check_range(layers: dict[str, MokaLinear]) -> None:
-    """Raise an AdapterError if W + ΔW of a layer does not fit into float16."""
+def _check_range(layers: dict[str, MokaLinear], dtype: torch.dtype | None) -> None:
+    """Raise an AdapterError if W + ΔW of a layer does not fit into the dtype that it is to have."""
     problems = []
     for path, layer in layers.items():
-        weight = layer.get_base_weight().float()
+        weight = layer.get_base_weight()
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in layer.active_adapters:
             if name in layer.moka_plan and name not in layer.merged_adapters:
-                weight = weight + layer.get_delta_weight(name)
-        if (largest := float(weight.abs().max())) > torch.finfo(torch.float16).max:
-            problems.append(f"{path}: an entry of W + ΔW is {largest:.3g}, which float16 cannot hold; take bfloat16")
+                total = total + layer.get_delta_weight(name).to(total.device)
+        wanted = dtype or weight.dtype
+        if not (largest := float(total.abs().max())) <= torch.finfo(wanted).max:
+            problems.append(f"{path}: an entry of W + ΔW is {largest:.3g}, which {wanted} cannot hold")
     raise_problems(problems, "nothing was merged")
+
+
+def _refuse_others(peft_model: PeftModel) -> None:
+    """Raise an AdapterError if another method has adapted a layer: unloading would drop what it adds."""
+    problems = [
+        f"{path}: has an adapter of another method ({type(module).__name__})"
+        for path, module in peft_model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MokaLinear)
+    ]
+    raise_problems(problems, "nothing was merged; merge the other method first (PeftModel.merge_and_unload)")
 
 
 def _decode_others(model: nn.Module, dtype: torch.dtype) -> None:

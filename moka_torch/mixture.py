@@ -94,7 +94,8 @@ def moka_apply(
     """dropout(x) ΔWᵀ, (..., out), differentiable in x, the factors and the logits in reverse mode.
 
     Kept for the backward are x as it is, the factors, their coefficients and `keep`; see `moka_torch.product`.
-    Forward mode (`torch.func.jvp`, `jacfwd`) raises NotImplementedError here; x times `delta_weight` transposed has it.
+    Forward mode (`torch.func.jvp`, `jacfwd`) raises NotImplementedError here if a tensor requires a gradient; x times
+    `delta_weight` transposed has both.
 
     Args:
         x: (..., in); it is multiplied in the factors' dtype, or in autocast's, as by `nn.functional.linear`.

@@ -67,7 +67,8 @@ def moka_product(
         dA_i = k_i P_i    dB_i = k_i Q_i    dk_i = <P_i, A_i>    dx = (dy ΔW) ∘ keep, or dy (W + ΔW)    dW = G
 
     Kept for the backward: x as it is, k, the factors, `keep` and `held`. ΔW and W are formed again, halves recomputed.
-    `torch.func.vmap` may batch any of the tensors; forward mode (`torch.func.jvp`, `jacfwd`) is a NotImplementedError.
+    `torch.func.vmap` may batch any of the tensors. Forward mode (`torch.func.jvp`, `jacfwd`) is there while no tensor
+    requires a gradient, and a NotImplementedError otherwise.
 
     Args:
         x: (..., in), any floating dtype.
@@ -96,7 +97,11 @@ def moka_product(
         raise ValueError("W + ΔW is one weight only if ΔW is formed and nothing is dropped from its input alone")
     flat = x.reshape(-1, job.plan.in_features)
     flat_keep = None if keep is None else keep.reshape(flat.shape)
-    y = MokaProduct.apply(job, flat, flat_keep, held, bias, weights, *factor_a, *factor_b)
+    tensors = (flat, held, bias, weights, *factor_a, *factor_b)
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    # torch.compile breaks its graph at a Function that needs no gradient
+    run = MokaProduct.apply if wanted else MokaProduct.forward
+    y = run(job, flat, flat_keep, held, bias, weights, *factor_a, *factor_b)
     return y.reshape(*x.shape[:-1], job.plan.out_features)
 
 

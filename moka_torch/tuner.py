@@ -30,7 +30,9 @@ from moka_torch.combine import check_weights, combine
 from moka_torch.config import MokaConfig, MokaPeftType
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import BASE, MokaLinear
-from moka_torch.loading import adapted_layers, check_state_dict, plain_path
+from moka_torch.loading import adapted_layers, check_state_dict
+from moka_torch.merge import untie
+from moka_torch.saving import own_tensors
 from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, refuse_module
 
 PREFIX = "moka_"
@@ -80,6 +82,13 @@ class MokaModel(BaseTuner):
             raise ConfigError(f"adapter {adapter_name!r}: expected a moka_torch.MokaConfig; got {type(given).__name__}")
         config = given.as_given()
         check_adapter_name(adapter_name, model)
+        compiled = [path for path, module in model.named_modules() if hasattr(module, "_orig_mod")]
+        if compiled:
+            raise ConfigError(
+                f"model: {compiled[0] or 'it'} was compiled by torch.compile, which would stand in the paths of a "
+                "saved adapter; attach the adapter first and compile the PeftModel, or compile in place by "
+                "module.compile()"
+            )
         self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
@@ -178,14 +187,51 @@ class MokaModel(BaseTuner):
                 f"{', '.join(self.peft_config)}, and {BASE!r} for none."
             )
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """W + ΔW in place of W in every layer, for the named adapters or the active ones; see `MokaLinear.merge`.
+
+        Raises:
+            ConfigError: there is no adapter of a name.
+        """
+        self._check_known(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        self._check_known(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_known(self, adapter_names: list[str] | None) -> None:
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ConfigError(
+                f"adapter_names: expected some of {', '.join(self.peft_config)}; got {', '.join(unknown)}"
+            )
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT's hook before merging."""
+        untie(self.model)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer does, for that adapter; see `MokaLinear`.
+        """Whether every layer does, for that adapter; see `MokaLinear`. A warning says why not.
 
         PeftModel does not hand the name on: where there is no adapter "default", the active ones are meant.
         """
         names = [adapter_name] if adapter_name in self.peft_config else self.active_adapters
         layers = [module for module in self.modules() if isinstance(module, MokaLinear)]
-        return all(layer.supports_lora_conversion(name) for layer in layers for name in names)
+        supported = all(layer.supports_lora_conversion(name) for layer in layers for name in names)
+        if not supported:
+            warnings.warn(
+                "MoKA_s cannot be converted to LoRA: every singular value of I ⊗ S stands there as often as the "
+                "identity is large, so that no small rank comes near it. MoKA with identity='none' can be converted.",
+                stacklevel=2,
+            )
+        return supported
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's ΔW by `scale` in every layer; 1 is what its config says. Not saved with it.
@@ -206,6 +252,7 @@ class MokaModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
         dropout: float | None = None,
+        **of_other_types: Any,
     ) -> None:
         """Add an adapter with ΔW = Σ_n weights[n] · ΔW_n: the exact sum, since a sum of mixtures is a mixture.
 
@@ -227,6 +274,10 @@ class MokaModel(BaseTuner):
             raise ConfigError(
                 f"combination_type: expected 'cat', the exact weighted sum; got {combination_type!r}, which would only "
                 "approximate it"
+            )
+        if of_other_types:
+            raise ConfigError(
+                f"{', '.join(of_other_types)}: belong to approximate combinations; 'cat' takes none of them"
             )
         chosen = check_weights(adapters, weights, self.peft_config)
         check_adapter_name(adapter_name, self.model)
@@ -280,39 +331,22 @@ class MokaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """PEFT's hook on saving: says what a file cannot hold."""
-        for module in model.modules():
-            if (
-                isinstance(module, MokaLinear)
-                and adapter_name in module.scaling
-                and module.multiplier(adapter_name) != 1
-            ):
-                warnings.warn(
-                    f"adapter {adapter_name!r} is saved as its config says, without the factor that set_scale or "
-                    "scale_layer has put on it",
-                    stacklevel=2,
-                )
-                break
+        """PEFT's hook on saving: says what a file cannot hold; see `own_tensors`."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        layers = adapted_layers(model, adapter_name)
-        for key, tensor in state_dict.items():
-            # PEFT goes by the names of modules, into which FSDP's first version puts names that its state dicts lack
-            if plain_path(key).rpartition(f".{PREFIX}")[0] in layers:
-                found.setdefault(key, tensor)
-        needed = sum(len(layer.tensor_names(adapter_name)) for layer in layers.values())
-        own = sum(f".{PREFIX}" in key for key in found)
-        if state_dict and own < needed:  # a process that does not gather has an empty one
-            raise AdapterError(
-                f"adapter {adapter_name!r} has {needed} tensors, and {own} of them are in the state dict; nothing was "
-                "saved. Gather the whole state dict of the model first."
-            )
-        return found
+        assert isinstance(config, MokaConfig)
+        return own_tensors(found, model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's hook on loading: strict here, where PEFT takes extra keys, NaNs and missing keys."""
+        merged = [path for path, layer in adapted_layers(model, adapter_name).items() if layer.merged]
+        if merged:
+            raise AdapterError(
+                f"adapter {adapter_name!r}: {merged[0]} is merged, and could not be unmerged with other numbers than "
+                "it was merged with; call unmerge_adapter first. Nothing was loaded."
+            )
         check_state_dict(model, adapter_name, state_dict, getattr(config, "bias", "none"))
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
