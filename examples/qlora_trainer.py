@@ -5,17 +5,17 @@
 The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. The script holds some lines
 out, trains, keeps the best checkpoint, saves the adapter to OUTPUT/adapter, loads it from there onto a fresh base and
 checks that the loss is the same. The losses are Trainer's: the mean over batches of the mean over learned tokens.
+instruction_data.py beside it reads the data and makes tokens of it.
 """
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from instruction_data import IGNORED, Tokens, encode, model_folder, read_rows, split
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
@@ -31,12 +31,9 @@ from transformers import (
 
 import moka_torch
 
-IGNORED = -100  # label of a token that is not learned
 CHECKPOINTING = {"use_reentrant": False}
 # Bit-equal on a CPU; on a GPU the order of sums is not fixed.
 SAME_LOSS = 1e-3
-
-Tokens = dict[str, list[int]]
 
 
 class Losses(NamedTuple):
@@ -48,16 +45,18 @@ class Losses(NamedTuple):
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.")],
-    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.", callback=model_folder)],
+    data: Annotated[
+        Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.', exists=True, dir_okay=False)
+    ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.", min=1)] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate; MoKA wants a larger one than LoRA.")] = 5e-3,
     held_out: Annotated[int, typer.Option(help="Lines that are kept out of training.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 256,
-    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.")] = 4,
+    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.", min=1)] = 4,
     r: Annotated[int, typer.Option(help="Terms of a mixture.")] = 10,
     num_shapes: Annotated[int, typer.Option(help="Different shapes among the terms.")] = 5,
     dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
@@ -70,8 +69,9 @@ def main(
 ) -> Losses:
     """Train a MoKA adapter on a 4-bit model with transformers' Trainer."""
     set_seed(seed)
+    rows = read_rows(data)
     tokenizer = load_tokenizer(model)
-    learned, kept = split([encode(row, tokenizer, max_length) for row in read_rows(data)], held_out, seed)
+    learned, kept = split(encode(rows, tokenizer, max_length), held_out, seed)
     config = moka_torch.MokaConfig(
         r=r,
         num_shapes=num_shapes,
@@ -86,6 +86,7 @@ def main(
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         learning_rate=learning_rate,
+        warmup_steps=steps // 10,  # none if few: the first has a rate of 0
         eval_steps=max(1, steps // evaluations),
         save_steps=max(1, steps // evaluations),
         seed=seed,
@@ -138,55 +139,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The examples of a file, one a line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
-                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "completion": "…"}}; got {line[:80]}')
-            rows.append(row)
-    return rows
-
-
-def encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """Tokens of an example and their labels, which are IGNORED for the prompt.
-
-    With a chat template, prompt and completion are messages; without, the completion ends with the end-of-text token.
-    They become tokens apart from each other, so that the prompt's are those that the model is asked with later.
-    """
-    if tokenizer.chat_template is None:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    else:
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        asked = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        if not whole.startswith(asked):
-            raise ValueError("chat_template: it writes a prompt otherwise once an answer follows; use another template")
-        prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-        answer = tokenizer(whole.removeprefix(asked), add_special_tokens=False)["input_ids"]
-    if len(prompt) >= max_length:
-        raise ValueError(f"--max-length {max_length}: a prompt has {len(prompt)} tokens, so nothing would be learned")
-    tokens = [*prompt, *answer][:max_length]
-    return {"input_ids": tokens, "labels": [IGNORED] * len(prompt) + tokens[len(prompt) :]}
-
-
-def split(examples: list[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """(to learn from, held out), by a fixed shuffle."""
-    if not 0 < held_out < len(examples):
-        raise ValueError(f"--held-out: expected 1 to {len(examples) - 1}, fewer than there are lines; got {held_out}")
-    shuffled = random.Random(seed).sample(examples, len(examples))
-    return shuffled[held_out:], shuffled[:held_out]
-
-
 def training_arguments(output: Path, **settings: Any) -> TrainingArguments:
     """Trainer's settings; `settings` go before what stands here."""
     cuda = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # of all steps
         "max_grad_norm": 1.0,
         "bf16": cuda,
         "use_cpu": not cuda,

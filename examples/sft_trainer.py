@@ -1,21 +1,21 @@
 """Train a MoKA adapter on a 4-bit base with TRL's SFTTrainer.
 
-    pip install trl    # it brings datasets
+    pip install -c constraints.txt -e ".[examples]"    # in a clone: TRL, which brings datasets
     python examples/sft_trainer.py --model report/base --data report/data/train.jsonl --output run
 
 The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. SFTTrainer takes a
 MokaConfig as its `peft_config` like any other. One thing needs care on a quantised base: see `keep_float32`.
+instruction_data.py beside it reads the data.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from datasets import Dataset
+from instruction_data import encode, model_folder, read_rows, split
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -24,9 +24,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import SFTConfig, SFTTrainer
 
 import moka_torch
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ModuleNotFoundError as error:
+    hint = 'in a clone of MoKA, run: pip install -c constraints.txt -e ".[examples]"'
+    raise ModuleNotFoundError(f"{error}, which this script trains with; {hint}", name=error.name) from None
+from datasets import Dataset
 
 # Bit-equal on a CPU; on a GPU the order of sums is not fixed.
 SAME_LOSS = 1e-3
@@ -41,16 +47,18 @@ class Losses(NamedTuple):
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.")],
-    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    model: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.", callback=model_folder)],
+    data: Annotated[
+        Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.', exists=True, dir_okay=False)
+    ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.", min=1)] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes of one step.", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate; MoKA wants a larger one than LoRA.")] = 5e-3,
     held_out: Annotated[int, typer.Option(help="Lines that are kept out of training.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 256,
-    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.")] = 4,
+    evaluations: Annotated[int, typer.Option(help="How often to evaluate and save while training.", min=1)] = 4,
     r: Annotated[int, typer.Option(help="Terms of a mixture.")] = 10,
     num_shapes: Annotated[int, typer.Option(help="Different shapes among the terms.")] = 5,
     dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
@@ -62,9 +70,11 @@ def main(
     ] = None,
 ) -> Losses:
     """Train a MoKA adapter on a 4-bit model with TRL's SFTTrainer."""
+    rows = read_rows(data)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = read_rows(data, chat=tokenizer.chat_template is not None)
-    learned, kept = rows.train_test_split(test_size=held_out, seed=seed).values()
+    encode(rows, tokenizer, max_length)  # only to refuse prompts that fill max_length, which SFTTrainer would drop
+    chat = tokenizer.chat_template is not None
+    learned, kept = (messages_or_texts(part, chat=chat) for part in split(rows, held_out, seed))
     config = moka_torch.MokaConfig(
         r=r,
         num_shapes=num_shapes,
@@ -79,6 +89,7 @@ def main(
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         learning_rate=learning_rate,
+        warmup_steps=steps // 10,  # none if few: the first has a rate of 0
         max_length=max_length,
         eval_steps=max(1, steps // evaluations),
         save_steps=max(1, steps // evaluations),
@@ -121,15 +132,8 @@ def load_base(folder: Path) -> PreTrainedModel:
     return base
 
 
-def read_rows(path: Path, *, chat: bool) -> Dataset:
-    """The examples of a file as SFTTrainer wants them: messages if there is a chat template, texts otherwise."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
-                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "completion": "…"}}; got {line[:80]}')
-            rows.append({"prompt": row["prompt"], "completion": row["completion"]})
+def messages_or_texts(rows: list[dict[str, str]], *, chat: bool) -> Dataset:
+    """The examples as SFTTrainer wants them: messages if there is a chat template, texts otherwise."""
     if chat:
         roles = {"prompt": "user", "completion": "assistant"}
         return Dataset.from_list(
@@ -144,7 +148,6 @@ def sft_config(output: Path, **settings: Any) -> SFTConfig:
     defaults: dict[str, Any] = {
         "completion_only_loss": True,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # of all steps
         "max_grad_norm": 1.0,
         "bf16": cuda,  # SFTConfig's default is True on a CPU, too
         "use_cpu": not cuda,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.moka_jax.train_toys import make_tokenizer
 from tests.tiny import save_tiny_llama
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # as `python examples/….py` does
 
 
 @pytest.fixture(scope="session")

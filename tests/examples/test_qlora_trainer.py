@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import instruction_data
 import pytest
+import qlora_trainer
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -17,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from conversion import load_adapter
-from examples import qlora_trainer
 from moka_torch import MokaConfig, MokaLinear, attach
-from tests.moka_jax.train_toys import make_tokenizer
+from tests.examples.printed import held_out_losses
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"steps": 8, "held_out": 8, "learning_rate": 0.02}  # the rate suits the tiny model
@@ -32,7 +33,7 @@ def tokenizer(base):
 
 @pytest.fixture(scope="module")
 def examples(tokenizer, data):
-    return [qlora_trainer.encode(row, tokenizer, 96) for row in qlora_trainer.read_rows(data)]
+    return instruction_data.encode(instruction_data.read_rows(data), tokenizer, 96)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def same(one, other):
 
 def test_the_script_from_data_to_an_adapter_that_reloads_to_the_same_loss_and_a_merged_model(base, data, tmp_path):
     losses = qlora_trainer.main(base, data, tmp_path / "run", merged_output=tmp_path / "merged", **QUICK)
-    assert losses.after < losses.before - 0.5  # measured: 5.95 before, 4.80 after
+    assert losses.after < losses.before - 0.5  # measured: 5.95 before, 4.60 after
     assert losses.reloaded == losses.after
     assert len(load_adapter(tmp_path / "run" / "adapter").layers) == 4  # a folder that JAX reads, too
 
@@ -69,24 +70,26 @@ def test_the_script_from_data_to_an_adapter_that_reloads_to_the_same_loss_and_a_
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert all(parameter.dtype == torch.bfloat16 for parameter in dense.parameters())
     tokenizer = qlora_trainer.load_tokenizer(tmp_path / "merged")
-    examples = [qlora_trainer.encode(row, tokenizer, 256) for row in qlora_trainer.read_rows(data)]
-    learned, kept = qlora_trainer.split(examples, 8, 0)
+    examples = instruction_data.encode(instruction_data.read_rows(data), tokenizer, 256)
+    learned, kept = instruction_data.split(examples, 8, 0)
     arguments = qlora_trainer.training_arguments(tmp_path / "other", save_strategy="no", load_best_model_at_end=False)
     merged = qlora_trainer.held_out_loss(qlora_trainer.make_trainer(dense.float(), tokenizer, arguments, learned, kept))
-    assert merged == pytest.approx(losses.after, abs=0.01)  # measured: 0.0009, the rounding to bfloat16
+    assert merged == pytest.approx(losses.after, abs=0.01)  # measured: 0.0002, the rounding to bfloat16
 
 
 def test_the_script_runs_from_a_shell_and_goes_on_with_resume(base, data, tmp_path):
     options = ["--model", base, "--data", data, "--output", tmp_path, "--held-out", "8", "--evaluations", "1"]
-    command = [sys.executable, ROOT / "examples" / "qlora_trainer.py", *options, "--steps", "2"]
+    options += ["--learning-rate", "0.02"]
+    command = [sys.executable, ROOT / "examples" / "qlora_trainer.py", *options, "--steps", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "held-out loss: " in done.stdout
-    again = CliRunner().invoke(qlora_trainer.app, [*map(str, options), "--steps", "4", "--resume"])
+    before, after, _ = held_out_losses(done.stdout)
+    assert after < before - 0.1  # measured: 5.95 before, 5.73 after
+    again = CliRunner().invoke(qlora_trainer.app, [*map(str, options), "--steps", "2", "--resume"])
     assert again.exit_code == 0, again.output
-    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4]
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [1, 2]
 
 
 def test_only_the_adapter_moves_and_layers_are_computed_again_in_the_backward(trainer, monkeypatch):
@@ -100,31 +103,6 @@ def test_only_the_adapter_moves_and_layers_are_computed_again_in_the_backward(tr
     assert moved == {name for name, parameter in made.model.named_parameters() if parameter.requires_grad}
     assert all("moka_" in name for name in moved)
     assert len(calls) == 6 * 4 * 2  # steps, adapted layers, and once more with checkpointing
-
-
-def test_completions_alone_are_learned(tokenizer):
-    row = {"prompt": "add 1 1", "completion": "gives 2"}
-    example = qlora_trainer.encode(row, tokenizer, 96)
-    learned = [token for token in example["labels"] if token != qlora_trainer.IGNORED]
-    assert tokenizer.decode(learned) == "gives 2<|im_end|>\n"
-    whole = "<|im_start|>user\nadd 1 1<|im_end|>\n<|im_start|>assistant\ngives 2<|im_end|>\n"
-    assert tokenizer.decode(example["input_ids"]) == whole
-
-    plain = make_tokenizer(template=None, bos=True)
-    example = qlora_trainer.encode(row, plain, 96)
-    assert plain.decode(example["input_ids"]) == "<s>add 1 1gives 2</s>"
-    assert plain.decode([token for token in example["labels"] if token != qlora_trainer.IGNORED]) == "gives 2</s>"
-    assert len(qlora_trainer.encode(row, plain, 10)["labels"]) == 10
-    with pytest.raises(ValueError, match="--max-length 8: a prompt has 8 tokens"):
-        qlora_trainer.encode(row, plain, 8)
-
-
-def test_bad_data_is_refused_by_line(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:3: expected .*; got"):
-        qlora_trainer.read_rows(tmp_path / "bad.jsonl")
-    with pytest.raises(ValueError, match="--held-out: expected 1 to 2"):
-        qlora_trainer.split([1, 2, 3], 3, 0)
 
 
 def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(trainer, tmp_path):
