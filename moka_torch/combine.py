@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,28 @@ from moka_torch.mixture import coefficients
 
 # Of a term of weight 0: e^-100 is 4e-44 of the sum.
 SMALLEST_LOGIT = -100.0
+
+
+def combine_layers(
+    layers: Mapping[str, MokaLinear], weights: Mapping[str, float], *, identity: Identity, dropout: float
+) -> dict[str, tuple[MokaConfig, LayerPlan, dict[str, Tensor]]]:
+    """What `combine` gives for every layer whose sum is not 0, by path; a layer without an adapter is that sum too.
+
+    Raises:
+        ConfigError: the sum is 0 in every layer.
+    """
+    combined = {}
+    for path, layer in layers.items():
+        own = {
+            name: weight
+            for name, weight in weights.items()
+            if name in layer.moka_plan and weight * layer.multiplier(name) != 0
+        }
+        if own:
+            combined[path] = combine(layer, own, identity=identity, dropout=dropout)
+    if not combined:
+        raise ConfigError("weights: the sum is 0, every term having the weight 0; there is nothing to combine")
+    return combined
 
 
 @torch.no_grad()
@@ -38,6 +61,9 @@ def combine(
     Returns:
         The layer's own settings (gate "softmax", scaling "none"), its plan, and its tensors by the names of
         `moka_core.LayerFactors.tensors`, float32 at least.
+
+    Raises:
+        ConfigError: the sum is 0.
     """
     groups: dict[KronShape, list[tuple[Tensor, Tensor | None, Tensor | None]]] = {}
     for name, weight in weights.items():
@@ -79,26 +105,39 @@ def combine(
     return config, plan, tensors
 
 
-def check_weights(adapters: list[str], weights: list[float], known: Mapping[str, object]) -> dict[str, float]:
+def check_weights(adapters: Sequence[str], weights: Sequence[float], known: Mapping[str, object]) -> dict[str, float]:
     """The weight of every adapter to be combined, those of weight 0 left out.
+
+    Args:
+        weights: real numbers, or scalars of NumPy or torch; a one-dimensional array of them will do.
 
     Raises:
         ConfigError: a name is unknown or stands twice, there are more weights than names or fewer, a weight is not
             finite, or all are 0.
     """
+    if isinstance(adapters, str):
+        raise ConfigError(f"adapters: expected a list of names; got {adapters!r}. Write [{adapters!r}]")
     unknown = [name for name in adapters if name not in known]
     if unknown:
         raise ConfigError(f"adapters: expected some of {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+    if getattr(weights, "ndim", 1) != 1 or not hasattr(weights, "__len__"):
+        raise ConfigError(f"weights: expected a list of numbers, one an adapter; got {weights!r}")
     if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
         raise ConfigError(f"adapters: expected different names, with a weight each; got {adapters!r} and {weights!r}")
-    if not all(
-        isinstance(w, numbers.Real) and not isinstance(w, bool) and abs(w) < sys.float_info.max for w in weights
-    ):
-        raise ConfigError(f"weights: expected finite numbers; got {weights!r}")
-    chosen = {name: float(weight) for name, weight in zip(adapters, weights, strict=True) if weight}
+    chosen = {name: number for name, number in zip(adapters, map(_number, weights), strict=True) if number}
     if not chosen:
         raise ConfigError(f"weights: expected at least one that is not 0; got {weights!r}")
     return chosen
+
+
+def _number(weight: Any) -> float:
+    plain: Any = weight.item() if getattr(weight, "ndim", None) == 0 else weight  # of NumPy or torch
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise ConfigError(f"weights: expected numbers; got {weight!r}, a {type(weight).__name__}")
+    size: Any = abs(plain)
+    if not size <= sys.float_info.max:
+        raise ConfigError(f"weights: expected finite numbers; got {weight!r}")
+    return float(plain)
 
 
 def _factor(given: Tensor | None, group: ShapeGroup, factor: str, identity: str, like: Tensor) -> Tensor | None:

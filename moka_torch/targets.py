@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from moka_core.adapter import raise_problems
 from moka_core.errors import ConfigError, TargetError
 from moka_core.plan import ALL_LINEAR, matches
 from moka_torch.linear import MokaLinear
+from moka_torch.uncalled import uncalled_layers
 
 _RESERVED = ("base_layer", *MokaLinear.adapter_layer_names, *MokaLinear.other_param_names)
 
@@ -24,22 +26,31 @@ def plan_targets(
 ) -> dict[str, LayerPlan]:
     """The plan of every layer that `config` targets, by its path in `model`.
 
+    "all-linear" leaves the `uncalled_layers` out, with a warning.
+
     Args:
         excluded: whether a module is left out although a target matches its path.
 
     Raises:
         TargetError: a target matches no linear layer (near misses are given), or matches a module with
-            weights of another kind.
+            weights of another kind, or one of the `uncalled_layers`.
         ConfigError: see `moka_core.plan_model`.
     """
     kwargs = get_quantization_kwargs(model)
-    modules = _outer_modules(model)
-    layers: dict[str, tuple[int, int]] = {}
-    for path, module in modules.items():
-        dims = linear_dims(module, **kwargs)
-        if dims is not None:
-            layers[path] = dims
-    if config.target_modules != ALL_LINEAR and config.target_modules != (ALL_LINEAR,):
+    modules = outer_modules(model)
+    layers = linear_layers(model)
+    found = uncalled_layers(model)
+    uncalled = {
+        path: found[path]
+        for path in layers
+        if path in found and matches(config.target_modules, path) and not excluded(path)
+    }
+    if config.target_modules == ALL_LINEAR or config.target_modules == (ALL_LINEAR,):
+        if uncalled:
+            warnings.warn(f"target_modules: {ALL_LINEAR!r} leaves out {_reasons(uncalled)}", stacklevel=2)
+        layers = {path: dims for path, dims in layers.items() if path not in uncalled}
+    else:
+        _refuse_uncalled(uncalled)
         for path, module in modules.items():
             if path in layers or excluded(path) or not matches(config.target_modules, path):
                 continue
@@ -56,10 +67,10 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
 
     Raises:
         AdapterError: the model has no such linear layer, or one of other dimensions; all are listed.
-        TargetError: a layer carries an adapter of another method.
+        TargetError: a layer carries an adapter of another method, or is one of the `uncalled_layers`.
     """
     kwargs = get_quantization_kwargs(model)
-    modules = _outer_modules(model)
+    modules = outer_modules(model)
     config = config.exact(stated_dims(stated))
     problems, plans = [], {}
     for path, key in sorted(stated.items()):
@@ -72,7 +83,22 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
             refuse_module(path, modules[path], **kwargs)
             plans[path] = plan_layer(config.for_layer(path, *dims), *dims)
     raise_problems(problems, "the adapter does not fit the model")
+    found = uncalled_layers(model)
+    _refuse_uncalled({path: found[path] for path in plans if path in found})
     return plans
+
+
+def _refuse_uncalled(uncalled: Mapping[str, str]) -> None:
+    if uncalled:
+        raise TargetError(
+            f"{_reasons(uncalled)}; an adapter there would do nothing. Take what matches it out of target_modules, or "
+            "name it in exclude_modules"
+        )
+
+
+def _reasons(uncalled: Mapping[str, str]) -> str:
+    first = next(iter(uncalled))
+    return first + (f" (and {len(uncalled) - 1} more)" if uncalled.keys() - {first} else "") + f": {uncalled[first]}"
 
 
 def stated_dims(stated: Mapping[str, str]) -> dict[str, tuple[int, int]]:
@@ -131,7 +157,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     PEFT finds the parameters of an adapter by its name between dots anywhere in a parameter's path: with an
     adapter called "0" it would leave layer 0 and every group 0 out of what it saves for the other adapters.
     """
-    taken = {part for path in _outer_modules(model) for part in path.split(".")}.union(_RESERVED)
+    taken = {part for path in outer_modules(model) for part in path.split(".")}.union(_RESERVED)
     taken |= {
         path.rpartition(".")[2]
         for path, _ in (*model.named_parameters(), *model.named_buffers())
@@ -156,7 +182,14 @@ def _adapter_names(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, MokaLinear) for name in module.moka_plan}
 
 
-def _outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear layer, by path."""
+    kwargs = get_quantization_kwargs(model)
+    dims = {path: linear_dims(module, **kwargs) for path, module in outer_modules(model).items()}
+    return {path: found for path, found in dims.items() if found is not None}
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path, but for the insides of adapted layers."""
     modules: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()

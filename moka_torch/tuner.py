@@ -8,13 +8,12 @@ import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -26,14 +25,15 @@ import moka_core
 from moka_core.config import Identity
 from moka_core.errors import AdapterError, ConfigError
 from moka_torch.base_weight import refuse_special
-from moka_torch.combine import check_weights, combine
+from moka_torch.choice import plan_choice
+from moka_torch.combine import check_weights, combine_layers
 from moka_torch.config import MokaConfig, MokaPeftType
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.linear import BASE, MokaLinear
 from moka_torch.loading import adapted_layers, check_state_dict
 from moka_torch.merge import untie
 from moka_torch.saving import own_tensors
-from moka_torch.targets import check_adapter_name, plan_stated, plan_targets, refuse_module
+from moka_torch.targets import check_adapter_name, refuse_module
 
 PREFIX = "moka_"
 _CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -93,14 +93,9 @@ class MokaModel(BaseTuner):
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
         core = config.to_core()
-        if config.layers_to_transform is not None and isinstance(config.target_modules, str):
-            raise ConfigError("layers_to_transform: this type of model has its target_modules as one string; name them")
+        plans = plan_choice(config, model)
         if config.layers:
-            plans = plan_stated(core, config.layers, model)
             config.spell_out()
-        else:
-            plans = plan_targets(core, model, functools.partial(_excluded, config))
-            _warn_of_idle_exclusion(config, model)
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
         stated = config.stated(plans, check_fingerprint(config.base_fingerprint, model))
         config = self.peft_config[adapter_name] = given.take_over(stated)
@@ -291,11 +286,7 @@ class MokaModel(BaseTuner):
         kinds = {config.to_core().identity for config in configs}
         identity: Identity = kinds.pop() if len(kinds) == 1 else "none"
         layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, MokaLinear)}
-        combined = {}
-        for path, layer in layers.items():
-            own = {name: weight for name, weight in chosen.items() if name in layer.moka_plan}
-            if own:
-                combined[path] = combine(layer, own, identity=identity, dropout=rates[0])
+        combined = combine_layers(layers, chosen, identity=identity, dropout=rates[0])
         targets = tuple(sorted(combined))
         settings = {
             path: (dataclasses.replace(own, target_modules=targets, num_shapes=1), plan)
@@ -350,32 +341,6 @@ class MokaModel(BaseTuner):
         check_state_dict(model, adapter_name, state_dict, getattr(config, "bias", "none"))
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-
-
-def _excluded(config: MokaConfig, path: str) -> bool:
-    """Whether PEFT's rules leave a module out: exclude_modules, modules_to_save, layers_to_transform."""
-    named = isinstance(config.target_modules, list) and config.target_modules != ["all-linear"]
-    rules = SimpleNamespace(
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        target_modules=config.target_modules if named else [path],
-        target_parameters=None,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    return not check_target_module_exists(rules, path)
-
-
-def _warn_of_idle_exclusion(config: MokaConfig, model: nn.Module) -> None:
-    if not config.exclude_modules:
-        return
-    rules = SimpleNamespace(exclude_modules=config.exclude_modules, target_modules=[], target_parameters=None)
-    if not any(check_target_module_exists(rules, path) is not False for path, _ in model.named_modules() if path):
-        warnings.warn(
-            f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. Check that it "
-            "names modules of this model.",
-            stacklevel=2,
         )
 
 

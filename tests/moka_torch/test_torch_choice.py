@@ -6,16 +6,18 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from conversion.adapter_folder import load_adapter
 from moka_core import AdapterError, ConfigError, TargetError, plan_layer
 from moka_torch import MokaConfig, MokaLinear, export_adapter, import_adapter
 from moka_torch.loading import adapted_layers
-from tests.moka_torch.conftest import IDS, logits
+from tests.moka_torch.conftest import IDS, logits, tiny_config
 
 Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
@@ -39,6 +41,9 @@ def adapted(load, **changes) -> PeftModel:
         ({"layers_to_transform": 1}, {"1.q", "1.v"}),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"0.q", "0.v"}),
         ({"layers_to_transform": (0, 1), "exclude_modules": {"q_proj"}}, {"0.v", "1.v"}),
+        ({"layers_to_transform": range(1, 2)}, {"1.q", "1.v"}),
+        ({"layers_to_transform": 1, "target_modules": [Q0, V1]}, {"1.v"}),
+        ({"layers_to_transform": [1, 0], "layers_pattern": ["layers"], "target_modules": ["q_proj"]}, {"0.q", "1.q"}),
         ({"target_modules": "all-linear", "exclude_modules": r".*(mlp|k_proj|o_proj|\.0\.).*"}, {"1.q", "1.v"}),
         ({"modules_to_save": ["model.layers.1.self_attn.v_proj"]}, {"0.q", "0.v", "1.q"}),
     ],
@@ -56,17 +61,42 @@ def test_the_layers_that_are_chosen(load, changes, layers):
 def test_an_exclusion_that_excludes_nothing_is_noticed_and_one_that_excludes_all_is_refused(load):
     with pytest.warns(UserWarning, match=r"exclude_modules=\['x_proj'\] but no modules were excluded"):
         adapted(load, exclude_modules=["x_proj"])
-    with pytest.raises(TargetError, match="all of the 4 layers that match are excluded"):
+    with pytest.raises(TargetError, match=r"all of the 4 .* excluded, by exclude_modules=\['q_proj', 'v_proj'\]$"):
         adapted(load, exclude_modules=["q_proj", "v_proj"])
-    with pytest.raises(TargetError, match="excluded"):
-        adapted(load, layers_to_transform=[7])
+    with pytest.raises(TargetError, match=r"by exclude_modules='.*' and layers_to_transform=\[0\]$"):
+        adapted(load, exclude_modules=r".*\.0\..*", layers_to_transform=[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_to_transform": [5]}, r"layers_to_transform: expected some of 0-1, .*layers\.0\.self_attn.*; got 5$"),
+        ({"layers_to_transform": [1, 5, 9]}, "layers_to_transform: expected some of 0-1, .*; got 5, 9$"),
+        ({"layers_to_transform": 2}, "layers_to_transform: expected some of 0-1, .*; got 2$"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "blocks"},
+            "layers_pattern: 'blocks' is no numbered list on the paths of .*, such as 'model.layers.0.self_attn",
+        ),
+        ({"layers_to_transform": [0], "layers_pattern": ["layers", "h"]}, "layers_pattern: 'h' is no numbered list"),
+    ],
+)
+def test_numbers_of_layers_that_are_not_there_are_named(load, changes, message):
+    with pytest.raises(TargetError, match=message):
+        adapted(load, **changes)
+
+
+def test_layers_without_a_number_cannot_be_chosen_by_one():
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    with pytest.raises(TargetError, match=r"found no number of a layer on the paths of .*such as 'q_proj'; name what"):
+        get_peft_model(model, config(target_modules=["q_proj"], layers_to_transform=[0]))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"exclude_modules": [""]}, "exclude_modules: expected names, none of them empty"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save: expected names"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save: expected a list of names; got 'lm_head'. Write \['lm_head"),
+        ({"modules_to_save": [""]}, "modules_to_save: expected names, none of them empty"),
         ({"layers_to_transform": [True]}, "layers_to_transform: expected whole numbers >= 0"),
         ({"layers_to_transform": -1}, "layers_to_transform: expected whole numbers >= 0"),
         ({"layers_to_transform": 1, "target_modules": ".*q_proj"}, "with target_modules as one string"),
@@ -182,6 +212,47 @@ def test_modules_to_save_are_trained_saved_and_loaded_and_stay_with_peft(load, t
         export_adapter(model)
     with pytest.raises(AdapterError, match="modules_to_save make this adapter train more than mixtures"):
         load_adapter(tmp_path)
+
+
+def test_modules_to_save_that_are_not_there_are_refused(load, tmp_path):
+    with pytest.raises(
+        TargetError, match="modules_to_save: 'lm_haed' matches no module of this model; did you mean 'lm_h"
+    ):
+        adapted(load, modules_to_save=["lm_haed"])
+    with pytest.raises(TargetError, match="modules_to_save: 'scorer' matches no module of this model"):
+        adapted(load, modules_to_save=["lm_head", "scorer"])
+    adapted(load).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": ["scorer"]}))
+    with pytest.raises(TargetError, match="modules_to_save: 'scorer' matches no module"):
+        PeftModel.from_pretrained(load(), tmp_path)
+
+
+def test_the_heads_that_peft_saves_by_task_need_not_all_be_there(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(tiny_config(pad_token_id=0)).eval()
+
+    model = get_peft_model(base(), config(task_type="SEQ_CLS")).eval()
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    with pytest.raises(
+        TargetError, match="modules_to_save: 'scorer' matches no module of this model; did you mean 'sc"
+    ):
+        get_peft_model(base(), config(task_type="SEQ_CLS", modules_to_save=["scorer"]))
+
+
+def test_a_bias_that_is_not_there_is_not_trained_in_silence(load):
+    with pytest.warns(UserWarning, match="bias='all': this model has no bias, so that none is trained"):
+        adapted(load, bias="all")
+    with pytest.warns(UserWarning, match="bias='moka_only': the adapted layers have no bias, so that none is trained"):
+        adapted(load, bias="moka_only")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config(target_modules=["0"], bias="moka_only"))
 
 
 def test_the_start_at_random_is_no_start_at_zero(load):
