@@ -225,7 +225,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "options": {
             key: value
             for key, value in vars(arguments).items()
-            if key not in ("base", "output", "child") and value is not None
+            if key not in ("base", "folder", "output", "child") and value is not None
         },
     }
 

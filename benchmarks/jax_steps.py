@@ -117,7 +117,7 @@ def base_llama(model: Model, *, dtype: str, abstract: bool = False) -> Llama:
 
 def _packed(site: Site, dtype: Any, key: jax.Array | None) -> nnx.Module:
     """A stack of NF4 layers with random codes; without a key, shapes only."""
-    graphdef, state = nnx.split(Nf4Linear(random_nf4(*site.dims), dtype=dtype))
+    graphdef, state = nnx.split(Nf4Linear.from_nf4(random_nf4(*site.dims), dtype=dtype))
 
     def stack(leaf: jax.Array) -> Any:
         shape = (site.layers, *leaf.shape)

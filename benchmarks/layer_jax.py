@@ -68,7 +68,7 @@ class JaxLayer:
 
     def __init__(self, out: int, in_: int, dtype: str) -> None:
         self.out, self.in_, self.dtype = out, in_, jnp.dtype(dtype)
-        base = Nf4Linear(random_nf4(out, in_), dtype=self.dtype)
+        base = Nf4Linear.from_nf4(random_nf4(out, in_), dtype=self.dtype)
         paper, blocks = layer_configs(out, in_)
 
         def moka(config: Any = paper, execution: Any = "auto") -> MokaLinear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,9 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes
+from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes, spec_from_bitsandbytes
 from moka_core import ModelError, Nf4Weight, base_fingerprint, dequantise_nf4, quantise_nf4
+from moka_core.tensor_spec import TensorSpec
 
 Quantise = Literal["nf4-double", "nf4", "none"]
 FlaxPath = tuple[str, ...]
@@ -51,6 +53,7 @@ _TABLE: tuple[tuple[str, FlaxPath, bool, bool], ...] = (
         )
     ),
 )
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -78,6 +81,12 @@ def flax_place(name: str) -> Place | None:
     return None
 
 
+def _place(name: str) -> Place:
+    place = flax_place(name)
+    assert place is not None, name
+    return place
+
+
 def checkpoint_name(path: FlaxPath, layer: int | None) -> str:
     """The checkpoint's name of a place: the inverse of `flax_place`.
 
@@ -100,8 +109,7 @@ def to_checkpoint(tensors: Mapping[FlaxPath, np.ndarray]) -> dict[str, np.ndarra
         stacked = path[:3] == ("model", "layers", "block")
         for layer, value in enumerate(array) if stacked else [(None, array)]:
             name = checkpoint_name(path, layer)
-            place = flax_place(name)
-            assert place is not None
+            place = _place(name)
             result[name] = np.ascontiguousarray(value.T if place.transposed else value)
     return result
 
@@ -158,12 +166,65 @@ class BaseFolder:
     def weights(self) -> Iterator[tuple[str, np.ndarray | Nf4Weight]]:
         """(checkpoint name, value) of every tensor that our LLaMA has a place for; packed ones as one value.
 
+        One tensor is read at a time, file by file.
+
         Raises:
-            ModelError: names that our LLaMA has no place for (all are listed); a weight that is not NF4 but
-                packed, or that cannot be packed.
+            ModelError: see `specs`; or a weight that cannot be packed.
         """
-        for name in self._names():
+        for name in self.specs():
             yield name, self._weight(name)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What `weights` will give, in its order, from the files' headers alone.
+
+        Raises:
+            ModelError: names that our LLaMA has no place for, a weight that is packed but not as NF4, or is of a
+                dtype that is none of a model's; all are listed.
+        """
+        names = sorted(self._names(), key=lambda name: (str(self.files[name]), name))
+        headers, found, problems = self._headers, {}, []
+        for name in names:
+            try:
+                found[name] = self._spec(name, *headers[name])
+            except ModelError as error:
+                problems.append(str(error))
+        if problems:
+            raise ModelError(f"{self.folder}: " + "\n  ".join(problems))
+        return found
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """(shape, dtype as safetensors writes it) of every tensor, from the headers of the files."""
+        by_file: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            by_file.setdefault(path, []).append(name)
+        headers = {}
+        for path, names in by_file.items():
+            try:
+                with safe_open(path, framework="np") as file:
+                    present = set(file.keys())
+                    missing = sorted(set(names) - present)
+                    if missing:
+                        raise ModelError(
+                            f"{path}: the index names tensors that are not in it: {', '.join(missing[:8])}"
+                        )
+                    for name in names:
+                        part = file.get_slice(name)
+                        headers[name] = tuple(part.get_shape()), part.get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: expected a safetensors file; {error}") from error
+        return headers
+
+    def _spec(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
+        if f"{name}.{STATE_KEY}" in self.files:
+            suffixes = [suffix for suffix in SUFFIXES if f"{name}.{suffix}" in self.files]
+            return spec_from_bitsandbytes(name, self.tensor(f"{name}.{STATE_KEY}"), suffixes)
+        if dtype == "U8":
+            raise ModelError(f"{name} is packed, but not as NF4; only NF4 is supported")
+        if dtype not in _DTYPES:
+            raise ModelError(f"{name}: expected dtype {', '.join(_DTYPES)}; got {dtype}")
+        packable = self.quantise != "none" and _place(name).packable
+        return TensorSpec(shape=shape, dtype=_DTYPES[dtype], packing=self.quantise if packable else None)  # type: ignore[arg-type]
 
     def _names(self) -> list[str]:
         """The tensors that our LLaMA has a place for; the parts of a packed weight count as the weight."""
@@ -187,11 +248,7 @@ class BaseFolder:
             except ModelError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
         value = self.tensor(name)
-        if value.dtype == np.uint8:
-            raise ModelError(f"{self.folder}: {name} is packed, but not as NF4; only NF4 is supported")
-        place = flax_place(name)
-        assert place is not None
-        if not place.packable or self.quantise == "none":
+        if self.quantise == "none" or not _place(name).packable:
             return value
         try:
             return quantise_nf4(value, double=self.quantise == "nf4-double")
@@ -201,16 +258,21 @@ class BaseFolder:
     def flax_tensors(self) -> Iterator[tuple[FlaxPath, int | None, np.ndarray | Nf4Weight]]:
         """(path in our LLaMA, layer or None, value): linear weights (in, out) if dense, (out, in) if packed."""
         for name, value in self.weights():
-            place = flax_place(name)
-            assert place is not None
-            if isinstance(value, Nf4Weight):
-                yield place.path, place.layer, value
-            else:
-                yield place.path, place.layer, value.T if place.transposed else value
+            place = _place(name)
+            turned = place.transposed and isinstance(value, np.ndarray)
+            yield place.path, place.layer, value.T if turned else value  # type: ignore[union-attr]
+
+    def flax_specs(self) -> Iterator[tuple[FlaxPath, int | None, TensorSpec]]:
+        """What `flax_tensors` will give, in its order, from the files' headers alone."""
+        for name, spec in self.specs().items():
+            place = _place(name)
+            turned = place.transposed and spec.packing is None
+            shape = spec.shape[::-1] if turned else spec.shape
+            yield place.path, place.layer, dataclasses.replace(spec, shape=shape)
 
     def dense(self, name: str) -> np.ndarray:
         """One linear weight (out, in) as the model computes with it: decoded if packed (or to be packed)."""
-        if name not in self._names():
+        if name not in self.specs():
             raise ModelError(f"{self.folder}: has no tensor {name!r}")
         value = self._weight(name)
         return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value

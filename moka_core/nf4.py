@@ -11,6 +11,8 @@ Ref: arXiv 2305.14314 (NF4 and double quantisation), arXiv 1511.04561 (the 256 l
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +23,7 @@ from moka_core.errors import ModelError
 BLOCK = 64
 NESTED_BLOCK = 256
 DTYPES = ("float32", "bfloat16", "float16")
+_PIECE = 2**18  # entries that are encoded at once: whole blocks, small enough for a cache
 
 NF4_LEVELS = np.array(
     [
@@ -139,25 +142,46 @@ def quantise_nf4(weight: np.ndarray, *, double: bool = True) -> Nf4Weight:
     """
     if weight.ndim != 2 or not weight.size:
         raise ModelError(f"NF4: expected a matrix (out, in) with entries; got shape {weight.shape}")
-    flat = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1)
-    if not np.isfinite(flat).all():
+    flat = np.ascontiguousarray(weight).reshape(-1)
+    codes = np.empty(-(-flat.size // 2), np.uint8)
+    absmax = np.empty(-(-flat.size // BLOCK), np.float32)
+
+    def encode(start: int) -> bool:
+        """Encode one piece into its place, unless an entry is not finite."""
+        piece = flat[start : start + _PIECE].astype(np.float32, copy=False)
+        if not np.isfinite(piece).all():
+            return False
+        levels, scales = _nearest_levels(piece)
+        codes[start // 2 : start // 2 + len(levels) // 2] = (levels[0::2] << 4) | levels[1::2]
+        absmax[start // BLOCK : start // BLOCK + len(scales)] = scales
+        return True
+
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as threads:  # NumPy lets go of the lock
+        finite = list(threads.map(encode, range(0, flat.size, _PIECE)))
+    if not all(finite):
         raise ModelError(f"NF4: weight of shape {weight.shape} has NaN or infinite entries")
-    full = flat.size // BLOCK * BLOCK
-    blocks = flat[:full].reshape(-1, BLOCK)
-    absmax = np.abs(blocks).max(axis=1, initial=0.0)
-    scaled = (blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]).reshape(-1)
-    if full < flat.size:  # bitsandbytes divides the last, short block instead of multiplying
-        last = np.maximum(np.abs(flat[full:]).max(), np.float32(1e-38))
-        absmax = np.append(absmax, last)
-        scaled = np.append(scaled, flat[full:] / last)
-    codes = np.searchsorted((NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / np.float32(2), scaled, side="left").astype(np.uint8)
-    if codes.size % 2:
-        codes = np.append(codes, np.uint8(7))  # the code of 0, which pads an odd count
-    packed = (codes[0::2] << 4) | codes[1::2]
     shape = (weight.shape[0], weight.shape[1])
     scales = _quantise_scales(absmax) if double else absmax
     dtype = str(weight.dtype) if str(weight.dtype) in DTYPES else "float32"
-    return Nf4Weight(shape=shape, codes=packed, scales=scales, dtype=dtype)
+    return Nf4Weight(shape=shape, codes=codes, scales=scales, dtype=dtype)
+
+
+def _nearest_levels(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the nearest level for every entry, uint8, padded to an even count, and the scale of every block."""
+    full = piece.size // BLOCK * BLOCK
+    blocks = piece[:full].reshape(-1, BLOCK)
+    absmax = np.abs(blocks).max(axis=1, initial=0.0)
+    scaled = (blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]).reshape(-1)
+    if full < piece.size:  # bitsandbytes divides the last, short block instead of multiplying
+        last = np.maximum(np.abs(piece[full:]).max(), np.float32(1e-38))
+        absmax = np.append(absmax, last)
+        scaled = np.append(scaled, piece[full:] / last)
+    levels = np.zeros(scaled.size, np.uint8)
+    for border in (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / np.float32(2):
+        levels += scaled > border
+    if levels.size % 2:
+        levels = np.append(levels, np.uint8(7))  # the level of 0, which pads an odd count
+    return levels, absmax
 
 
 def dequantise_nf4(weight: Nf4Weight) -> np.ndarray:

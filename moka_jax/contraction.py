@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+BATCH_AXES = ("data", "fsdp")  # of a mesh: those over which a batch is split
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -15,9 +18,25 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """G = dyᵀ x, (out, in), the gradient of the weight in y = x Wᵀ; in float32 at least."""
-    lead = axes(x)
-    return sum_over_tokens(f"{lead}o,{lead}i->oi", dy, x)
+    """G = dyᵀ x, the gradient of the weight in y = x Wᵀ, in parts (shards, out, in) of which it is the sum; in float32
+    at least.
+
+    There is a part for each share of the batch on a mesh (see `batch_shards`): added up, all of G would have to go over
+    the network, where the factors' gradients, which are sums over the parts too, are a thousand times smaller.
+    """
+    shards, lead = batch_shards(x), axes(x)
+    x, dy = (array.reshape(shards, -1, *array.shape[1:]) if lead else array[None, None] for array in (x, dy))
+    return sum_over_tokens(f"Z{lead or 's'}o,Z{lead or 's'}i->Zoi", dy, x)
+
+
+def batch_shards(x: jax.Array) -> int:
+    """Into how many parts the first axis of x, the batch, is split on a mesh with the automatic axes "data" and "fsdp".
+
+    1 without a mesh, without these axes, or if the batch cannot be divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.auto_axes)
+    return shards if x.ndim > 2 and x.shape[0] % shards == 0 else 1
 
 
 def sum_over_tokens(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -47,4 +66,4 @@ def _varying(array: jax.Array) -> frozenset[str]:
 
 def axes(x: jax.Array, own: int = 1) -> str:
     """Letters for all axes of x but the last `own`, none of them used for anything else in this package."""
-    return ("stuvwxyz" + string.ascii_uppercase)[: x.ndim - own]
+    return ("stuvwxyz" + string.ascii_uppercase[:-1])[: x.ndim - own]

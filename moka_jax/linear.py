@@ -12,6 +12,7 @@ from flax import nnx
 
 from moka_core import ConfigError, LayerFactors, LayerPlan, MokaConfig
 from moka_core.execution import Execution, Schedule, check_execution, plan_execution
+from moka_jax.contraction import batch_shards
 from moka_jax.mixture import coefficients, delta_weight
 from moka_jax.nf4 import Frozen, Nf4Linear
 from moka_jax.product import Mixture, Statics, mixture_product
@@ -84,7 +85,7 @@ class MokaLinear(nnx.Module):
         Raises:
             ConfigError: as when the layer is made.
         """
-        schedule, into_base = self.schedule(math.prod(x.shape[:-1]), execution)
+        schedule, into_base = self.schedule(math.prod(x.shape[:-1]) // batch_shards(x), execution)
         mixture = self._mixture()
         statics = Statics(
             plan=self.plan, identity=self.config.identity, schedule=schedule, keep_rate=1 - self.config.dropout

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,9 @@ from flax import nnx
 from moka_core import ModelError, Nf4Weight
 from moka_core.nf4 import BLOCK, NESTED_BLOCK, NF4_LEVELS, NestedScales
 from moka_jax.contraction import as_cotangent, project, weight_gradient
+
+# Puts the arrays of a sharded weight where the product wants them.
+Gather = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 class FrozenWeight(nnx.Variable):
@@ -47,6 +51,33 @@ def decode_nf4(codes: jax.Array, scales: jax.Array, shape: tuple[int, int]) -> j
     entries = shape[0] * shape[1]
     levels = jnp.asarray(NF4_LEVELS)[pairs.reshape(-1)[:entries]]
     return (levels * jnp.repeat(scales, BLOCK)[:entries]).reshape(shape)
+
+
+def packed_layout(shape: tuple[int, int], *, nested: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays that hold a weight of shape (out, in) in NF4.
+
+    codes (out, in/2) uint8 and absmax (out, in/64), the float32 scales or their uint8 codes, if in is a multiple of 64,
+    otherwise both flat; doubly quantised also nested_absmax, nested_levels (256,) and nested_offset ().
+    """
+    entries = math.prod(shape)
+    blocks = -(-entries // BLOCK)
+    whole = shape[1] % BLOCK == 0
+    sizes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "codes": ((shape[0], shape[1] // 2) if whole else (-(-entries // 2),), jnp.uint8),
+        "absmax": ((shape[0], shape[1] // BLOCK) if whole else (blocks,), jnp.uint8 if nested else jnp.float32),
+    }
+    if nested:
+        sizes["nested_absmax"] = (-(-blocks // NESTED_BLOCK),), jnp.float32
+        sizes["nested_levels"] = (256,), jnp.float32
+        sizes["nested_offset"] = (), jnp.float32
+    return {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in sizes.items()}
+
+
+def packed_arrays(weight: Nf4Weight) -> dict[str, np.ndarray]:
+    """The arrays of one weight, in the shapes of `packed_layout`."""
+    parts = {name.replace(" ", "_"): array for name, array in weight.parts().items()}
+    layout = packed_layout(weight.shape, nested="nested_absmax" in parts)
+    return {name: parts[name].reshape(like.shape) for name, like in layout.items()}
 
 
 # The arrays of a frozen weight: {"kernel"} of shape (in, out), or those of an `Nf4Linear` under their names there.
@@ -90,7 +121,7 @@ def _backward(shape: tuple[int, int], kept: Any, dy: jax.Array) -> tuple[jax.Arr
     weight, pull = jax.vjp(partial(frozen_weight, shape=shape), arrays)
     dx = jnp.einsum("...o,oi->...i", dy, weight.astype(dy.dtype))
     # nobody trains these arrays, and a compiler then removes this; but whoever asks gets the true gradient
-    (towards_arrays,) = pull(as_cotangent(weight_gradient(x, dy).astype(weight.dtype), weight))
+    (towards_arrays,) = pull(as_cotangent(weight_gradient(x, dy).sum(axis=0).astype(weight.dtype), weight))
     return as_cotangent(dx, x), towards_arrays
 
 
@@ -102,63 +133,82 @@ frozen_product.defvjp(_forward, _backward)
 class Nf4Linear(nnx.Module):
     """y = W x + b with W (out, in) held as NF4 codes; nothing of it is trained.
 
-    Holds: codes (out, in/2) uint8 and absmax (out, in/64), the scales or their codes, if in is a multiple
-    of 64, otherwise both flat; nested_absmax, nested_levels and nested_offset if doubly quantised;
-    stacked over layers, every variable has one more leading axis.
+    Holds: the arrays of `packed_layout`; stacked over layers, every one has one more leading axis.
 
     Args:
-        weights: one NF4 weight, or a sequence of equal shape to be stacked for a scan over layers.
+        arrays: by the names of `packed_layout`.
+        shape: (out, in).
         bias: (out,) or stacked (layers, out).
+        packed_from: dtype of the weight before it was packed, which a checkpoint says.
         dtype: what the decoded weight is cast to for the product.
     """
 
+    codes: FrozenWeight
+    absmax: FrozenWeight
+    nested_absmax: FrozenWeight
+    nested_levels: FrozenWeight
+    nested_offset: FrozenWeight
+
     def __init__(
         self,
+        arrays: Mapping[str, jax.Array | np.ndarray],
+        shape: tuple[int, int],
+        *,
+        bias: jax.Array | np.ndarray | None = None,
+        packed_from: str = "float32",
+        dtype: jnp.dtype = jnp.float32,
+    ) -> None:
+        self.out_features, self.in_features = shape
+        self.packed_from = packed_from
+        self.dtype = dtype
+        self.nested = "nested_absmax" in arrays
+        self.gather: Gather | None = None
+        for name in packed_layout(shape, nested=self.nested):
+            setattr(self, name, FrozenWeight(jnp.asarray(arrays[name])))
+        self.bias = None if bias is None else FrozenWeight(jnp.asarray(bias))
+
+    @classmethod
+    def from_nf4(
+        cls,
         weights: Nf4Weight | Sequence[Nf4Weight],
         *,
         bias: np.ndarray | None = None,
         dtype: jnp.dtype = jnp.float32,
-    ) -> None:
-        single = isinstance(weights, Nf4Weight)
+    ) -> Nf4Linear:
+        """The layer of one NF4 weight, or of a sequence of equal shape, stacked for a scan over layers.
+
+        Raises:
+            ModelError: the weights to be stacked differ in more than their numbers.
+        """
         rows: list[Nf4Weight] = [weights] if isinstance(weights, Nf4Weight) else list(weights)
-        parts = [row.parts() for row in rows]
-        kinds = {(row.shape, row.dtype, frozenset(part)) for row, part in zip(rows, parts, strict=True)}
-        if len(kinds) != 1:
+        parts = [packed_arrays(row) for row in rows]
+        if len({(row.shape, row.dtype, frozenset(part)) for row, part in zip(rows, parts, strict=True)}) != 1:
             raise ModelError(
                 "Nf4Linear: expected stacked weights of one shape and dtype, all singly or all doubly quantised"
             )
-        self.out_features, self.in_features = rows[0].shape
-        self.packed_from = rows[0].dtype
-        self.dtype = dtype
-        whole = self.in_features % BLOCK == 0
-        codes_shape = (self.out_features, self.in_features // 2) if whole else (-1,)
-        scale_shape = (self.out_features, self.in_features // BLOCK) if whole else (-1,)
-
-        def put(name: str, shape: tuple[int, ...]) -> FrozenWeight:
-            arrays = [part[name].reshape(shape) for part in parts]
-            return FrozenWeight(jnp.asarray(arrays[0] if single else np.stack(arrays)))
-
-        self.codes = put("codes", codes_shape)
-        self.absmax = put("absmax", scale_shape)
-        self.nested = "nested absmax" in parts[0]
-        if self.nested:
-            self.nested_absmax = put("nested absmax", (-1,))
-            self.nested_levels = put("nested levels", (-1,))
-            self.nested_offset = put("nested offset", ())
-        self.bias = None if bias is None else FrozenWeight(jnp.asarray(bias))
+        single = isinstance(weights, Nf4Weight)
+        arrays = {
+            name: array if single else np.stack([part[name] for part in parts]) for name, array in parts[0].items()
+        }
+        return cls(arrays, rows[0].shape, bias=bias, packed_from=rows[0].dtype, dtype=dtype)
 
     def arrays(self) -> dict[str, jax.Array]:
-        """What `frozen_weight` decodes."""
-        nested = ("nested_absmax", "nested_levels", "nested_offset") if self.nested else ()
-        return {name: getattr(self, name)[...] for name in ("codes", "absmax", *nested)}
+        """What `frozen_weight` decodes; sharded as the product wants it, if the layer knows how."""
+        found = {name: getattr(self, name)[...] for name in packed_layout(self.shape, nested=self.nested)}
+        return found if self.gather is None else self.gather(found)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
 
     def decoded(self) -> jax.Array:
         """The weight, (out, in), float32."""
-        return frozen_weight(self.arrays(), (self.out_features, self.in_features))
+        return frozen_weight(self.arrays(), self.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) to (..., out), in `dtype`."""
-        y = frozen_product((self.out_features, self.in_features), x.astype(self.dtype), self.arrays())
+        y = frozen_product(self.shape, x.astype(self.dtype), self.arrays())
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def to_nf4(self, layer: int | None = None) -> Nf4Weight:
@@ -176,5 +226,4 @@ class Nf4Linear(nnx.Module):
                 levels=take(self.nested_levels),
                 offset=np.float32(take(self.nested_offset)),
             )
-        shape = (self.out_features, self.in_features)
-        return Nf4Weight(shape=shape, codes=take(self.codes).reshape(-1), scales=scales, dtype=self.packed_from)
+        return Nf4Weight(shape=self.shape, codes=take(self.codes).reshape(-1), scales=scales, dtype=self.packed_from)

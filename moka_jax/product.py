@@ -151,7 +151,7 @@ def _backward(statics: Statics, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         if base is not None:
             assert full is not None
             decoded, pull = jax.vjp(partial(frozen_weight, shape=(plan.out_features, plan.in_features)), base)
-            (base_gradient,) = pull(as_cotangent(full.astype(decoded.dtype), decoded))
+            (base_gradient,) = pull(as_cotangent(full.sum(axis=0).astype(decoded.dtype), decoded))
     gradients = Mixture(*([part[kind][0] for part in parts if part[kind]] for kind in range(3)))
     dx = as_cotangent(_drop(dx, keep, statics.keep_rate), x)
     return dx, None, base_gradient, jax.tree.map(as_cotangent, gradients, mixture)
@@ -172,14 +172,16 @@ def _merged_weight(statics: Statics, base: Frozen | None, mixture: Mixture) -> j
 
 
 def _gradient_from_full(group: ShapeGroup, own: Mixture, full: jax.Array) -> Mixture:
-    """With G[p, i, q, j] = Σ_t dY[t, p, i] X[t, q, j]: P_c = Σ_ij G B_c and Q_c = Σ_pq G A_c."""
+    """With G[p, i, q, j] = Σ_t dY[t, p, i] X[t, q, j], which is `full` summed over its first axis: P_c = Σ_ij G B_c and
+    Q_c = Σ_pq G A_c."""
     (weight,), (a,), (b,) = own
     shape = group.shape
-    blocks = full.reshape(shape.a_out, shape.b_out, shape.a_in, shape.b_in).transpose(0, 2, 1, 3)
+    blocks = full.reshape(-1, shape.a_out, shape.b_out, shape.a_in, shape.b_in).transpose(0, 1, 3, 2, 4)
     # as one matrix (a_out·a_in, b_out·b_in): left to einsum, it would be rearranged once for P and once for Q
-    matrix = blocks.reshape(shape.a_out * shape.a_in, shape.b_out * shape.b_in)
-    p = jnp.einsum("mn,cn->cm", matrix, b.astype(full.dtype).reshape(group.copies, -1)).reshape(a.shape)
-    q = (a.astype(full.dtype).reshape(group.copies, -1) @ matrix).reshape(b.shape)
+    matrix = blocks.reshape(-1, shape.a_out * shape.a_in, shape.b_out * shape.b_in)
+    # the parts are added up last, when they are as small as the factors
+    p = jnp.einsum("zmn,cn->zcm", matrix, b.astype(full.dtype).reshape(group.copies, -1)).sum(axis=0).reshape(a.shape)
+    q = jnp.einsum("cm,zmn->zcn", a.astype(full.dtype).reshape(group.copies, -1), matrix).sum(axis=0).reshape(b.shape)
     return _gradients(own, p, weight[:, None, None] * q)
 
 

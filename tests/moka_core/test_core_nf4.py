@@ -19,6 +19,7 @@ from moka_core.nf4 import BLOCK, NF4_LEVELS, NestedScales, dynamic_levels
 # The last block of the first three is short; 3x5, 1x63 and 5x67 have an odd count. 6 blocks (5x67) are fewer than
 # torch adds in one vector; 257x64 and 1000x192 need a second nested block, the last one twelve.
 SHAPES = [(1, 1), (3, 5), (1, 63), (1, 64), (5, 67), (33, 100), (64, 64), (257, 64), (300, 128), (1000, 192)]
+SHAPES += [(1101, 251)]  # encoded in two pieces, of which the last has a short block and an odd count
 
 
 @pytest.fixture(autouse=True)

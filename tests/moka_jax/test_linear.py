@@ -48,7 +48,7 @@ def dense_base(dtype=None, param_dtype=jnp.float32) -> nnx.Linear:
 
 def packed_base(dtype=jnp.float32) -> Nf4Linear:
     weight, bias = weight_and_bias()
-    return Nf4Linear(quantise_nf4(weight), bias=bias, dtype=dtype)
+    return Nf4Linear.from_nf4(quantise_nf4(weight), bias=bias, dtype=dtype)
 
 
 BASES = {"dense": dense_base, "packed": packed_base}

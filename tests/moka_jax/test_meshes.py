@@ -27,7 +27,7 @@ EXECUTIONS: list[tuple[Identity, Execution]] = [("none", "factored"), ("none", "
 def layer_of(identity: Identity) -> MokaLinear:
     config = MokaConfig(r=4, num_shapes=2 if identity == "none" else 1, identity=identity, dropout=0.0)
     rng = np.random.default_rng(0)
-    base = Nf4Linear(quantise_nf4(rng.standard_normal((OUT, IN)).astype(np.float32)))
+    base = Nf4Linear.from_nf4(quantise_nf4(rng.standard_normal((OUT, IN)).astype(np.float32)))
     plan = plan_layer(config, OUT, IN)
     layer = MokaLinear(base, plan, config, key=jax.random.key(0))
     layer.set_factors([random_factors(plan, config, rng)])

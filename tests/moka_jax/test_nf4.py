@@ -68,7 +68,7 @@ def test_decoding_under_jit_is_bit_equal_to_numpy_and_to_bitsandbytes(shape, dou
     functional = pytest.importorskip("bitsandbytes.functional")
     torch = pytest.importorskip("torch")
     weight = quantise_nf4(random_weight(shape), double=double)
-    found = decoded_under_jit(Nf4Linear(weight))
+    found = decoded_under_jit(Nf4Linear.from_nf4(weight))
     assert_same_bits(found, dequantise_nf4(weight))
     packed, state = to_bitsandbytes(weight, functional, torch)
     assert_same_bits(found, functional.dequantize_4bit(packed, state).numpy())
@@ -79,7 +79,7 @@ def test_decoding_under_jit_is_bit_equal_to_numpy_and_to_bitsandbytes(shape, dou
 def test_blocks_that_cross_rows_are_bit_equal_to_numpy(shape, double):
     """Our codec only: bitsandbytes decodes these wrongly on a CPU with AVX512."""
     weight = quantise_nf4(random_weight(shape), double=double)
-    layer = Nf4Linear(weight)
+    layer = Nf4Linear.from_nf4(weight)
     assert_same_bits(decoded_under_jit(layer), dequantise_nf4(weight))
     assert_same_bits(layer.decoded(), dequantise_nf4(weight))
 
@@ -91,7 +91,7 @@ def test_decoding_inside_a_scan_is_bit_equal_forward_and_backward(shape, remat):
 
     class Block(nnx.Module):
         def __init__(self, weights):
-            self.linear = Nf4Linear(weights)
+            self.linear = Nf4Linear.from_nf4(weights)
 
         def __call__(self, x, own):
             return self.linear(x), self.linear.decoded()
@@ -130,8 +130,8 @@ def test_these_weights_tell_one_rounding_from_two():
 def test_nested_scales_come_back_from_jax_as_they_went_in():
     weights = [quantise_nf4(random_weight((96, 192), seed), double=True) for seed in range(2)]
     ragged = quantise_nf4(random_weight((7, 33)), double=False)
-    stacked = Nf4Linear(weights)
-    pairs = [(Nf4Linear(weights[0]).to_nf4(), weights[0]), (Nf4Linear(ragged).to_nf4(), ragged)]
+    stacked = Nf4Linear.from_nf4(weights)
+    pairs = [(Nf4Linear.from_nf4(weights[0]).to_nf4(), weights[0]), (Nf4Linear.from_nf4(ragged).to_nf4(), ragged)]
     pairs += [(stacked.to_nf4(layer), weights[layer]) for layer in range(2)]
     for found, expected in pairs:
         assert found.shape == expected.shape
@@ -144,8 +144,8 @@ def test_nested_scales_come_back_from_jax_as_they_went_in():
 
 def test_the_dtype_that_a_checkpoint_says_survives():
     weight = dataclasses.replace(quantise_nf4(random_weight((8, 64))), dtype="bfloat16")
-    assert Nf4Linear(weight).to_nf4().dtype == "bfloat16"
-    assert Nf4Linear([weight, weight]).to_nf4(1).dtype == "bfloat16"
+    assert Nf4Linear.from_nf4(weight).to_nf4().dtype == "bfloat16"
+    assert Nf4Linear.from_nf4([weight, weight]).to_nf4(1).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("shape", [(48, 128), (7, 33)], ids=str)
@@ -153,16 +153,18 @@ def test_output_with_bias_matches_float64(shape):
     weight, rng = quantise_nf4(random_weight(shape)), np.random.default_rng(5)
     bias, x = rng.standard_normal(shape[0]).astype(np.float32), rng.standard_normal((2, 3, shape[1])).astype(np.float32)
     expected = x.astype(np.float64) @ dequantise_nf4(weight).astype(np.float64).T
-    y = Nf4Linear(weight, bias=bias)(jnp.asarray(x))
+    y = Nf4Linear.from_nf4(weight, bias=bias)(jnp.asarray(x))
     assert y.shape == (2, 3, shape[0])
     np.testing.assert_allclose(y, expected + bias, rtol=0, atol=1e-6 * np.abs(expected).max())
-    np.testing.assert_allclose(Nf4Linear(weight)(jnp.asarray(x)), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        Nf4Linear.from_nf4(weight)(jnp.asarray(x)), expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+    )
 
 
 def test_in_bfloat16_the_decoded_weight_is_rounded_once_and_the_output_is_bfloat16():
     weight, rng = quantise_nf4(random_weight((48, 128))), np.random.default_rng(6)
     bias = rng.standard_normal(48).astype(np.float32)
-    layer = Nf4Linear(weight, bias=bias, dtype=jnp.bfloat16)
+    layer = Nf4Linear.from_nf4(weight, bias=bias, dtype=jnp.bfloat16)
     assert layer.decoded().dtype == jnp.float32
     for dtype in (jnp.float32, jnp.bfloat16):
         assert layer(jnp.ones((2, 128), dtype)).dtype == jnp.bfloat16
@@ -172,7 +174,7 @@ def test_in_bfloat16_the_decoded_weight_is_rounded_once_and_the_output_is_bfloat
 
 
 def test_nothing_of_a_packed_layer_is_a_trainable_parameter():
-    layer = Nf4Linear(quantise_nf4(random_weight((8, 64))), bias=np.ones(8, np.float32))
+    layer = Nf4Linear.from_nf4(quantise_nf4(random_weight((8, 64))), bias=np.ones(8, np.float32))
     assert jax.tree.leaves(nnx.state(layer, nnx.Param)) == []
     kinds = {type(variable) for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Variable)}
     assert kinds == {FrozenWeight}
@@ -183,4 +185,4 @@ def test_weights_that_cannot_be_stacked_are_refused():
     others = [quantise_nf4(random_weight((16, 64))), quantise_nf4(random_weight((8, 64)), double=False)]
     for other in (*others, dataclasses.replace(one, dtype="float16")):
         with pytest.raises(ModelError, match="expected stacked weights of one shape and dtype, all singly or all"):
-            Nf4Linear([one, other])
+            Nf4Linear.from_nf4([one, other])

@@ -63,7 +63,7 @@ def base_of(case: LayerCase, kind: str) -> tuple[dict[str, jax.Array] | None, np
         return {"kernel": jnp.asarray(weight.T)}, weight
     if kind == "packed":
         packed = quantise_nf4(weight)
-        return Nf4Linear(packed).arrays(), dequantise_nf4(packed)
+        return Nf4Linear.from_nf4(packed).arrays(), dequantise_nf4(packed)
     return None, np.zeros_like(weight)
 
 
@@ -200,7 +200,7 @@ def test_only_the_input_the_mask_and_the_factors_are_kept_for_the_backward(name,
 
 def test_a_frozen_packed_layer_keeps_no_decoded_weight():
     weight = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32)
-    layer, x = Nf4Linear(quantise_nf4(weight)), jnp.ones((5, 64))
+    layer, x = Nf4Linear.from_nf4(quantise_nf4(weight)), jnp.ones((5, 64))
     _, pull = jax.vjp(layer, x)
     assert max(leaf.nbytes for leaf in jax.tree.leaves(pull)) < weight.nbytes
     decoded = np.asarray(layer.decoded(), np.float64)

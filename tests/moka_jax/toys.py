@@ -59,7 +59,7 @@ def tiny_llama(*, packed: bool = False) -> Llama:
         attention = model.model.layers.block.self_attn
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             kernels = np.asarray(getattr(attention, name).kernel[...])
-            setattr(attention, name, Nf4Linear([quantise_nf4(kernel.T) for kernel in kernels]))
+            setattr(attention, name, Nf4Linear.from_nf4([quantise_nf4(kernel.T) for kernel in kernels]))
     return model
 
 
