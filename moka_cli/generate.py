@@ -1,33 +1,161 @@
-"""`moka generate`: a greedy completion in JAX."""
+"""`moka generate`: completions in JAX, of one prompt as it comes, or of many in batches."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moka_cli.train import load_model, load_tokenizer
+from moka_core import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from moka_jax.llama import Llama
+
 
 def run_generate(
-    base: Path, prompt: str, *, adapter: Path | None, quantise: str, max_new_tokens: int, raw: bool
+    base: Path,
+    prompts: Sequence[str],
+    *,
+    prompts_file: Path | None,
+    adapter: Path | None,
+    quantise: str,
+    max_new_tokens: int,
+    batch_size: int,
+    raw: bool,
+    as_json: bool,
+    settings: dict[str, Any],
 ) -> None:
-    """Print the completion of a prompt."""
-    from conversion import load_adapter
-    from moka_jax import import_adapter
-    from moka_jax.llama import generate
+    """Print the completion of every prompt.
 
+    Args:
+        prompts, prompts_file: those of the file come after the others.
+        batch_size: how many prompts are read at once; the completions do not depend on it.
+        as_json: print one JSON object a line, nothing else.
+        settings: the fields of `moka_jax.llama.Sampling`.
+    """
+    from conversion import load_adapter, open_base
+    from moka_jax import import_adapter
+    from moka_jax.llama import LlamaConfig, Sampling, check_prompts
+
+    # everything that can be refused is refused before the weights are read
+    sampling = Sampling(**settings)
+    if batch_size < 1:
+        raise ConfigError(f"batch-size: expected at least 1; got {batch_size}")
+    texts = [*prompts, *([] if prompts_file is None else read_prompts(prompts_file))]
+    if not texts:
+        raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
     value = None if adapter is None else load_adapter(adapter)
     tokenizer = load_tokenizer(base)
+    config = LlamaConfig.from_hf_config(open_base(base, quantise=quantise).config)  # type: ignore[arg-type]
+    rows = [prompt_tokens(tokenizer, text, raw=raw) for text in texts]
+    check_prompts(config, rows, max_new_tokens=max_new_tokens, single=len(rows) == 1)
+    ask = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens(tokenizer, base), "sampling": sampling}
     model = load_model(base, quantise=quantise)
     if value is not None:
         import_adapter(model, value)
-    tokens = prompt_tokens(tokenizer, prompt, raw=raw)
-    new = generate(model, tokens, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(tokenizer))
-    print(tokenizer.decode(new, skip_special_tokens=True))
+    if len(rows) == 1 and not as_json:
+        _print_as_it_comes(model, tokenizer, rows[0], ask)
+        return
+    for start in range(0, len(rows), batch_size):
+        indices = range(start, min(start + batch_size, len(rows)))
+        for index, new in zip(indices, _complete(model, rows, indices, ask), strict=True):
+            completion = tokenizer.decode(new, skip_special_tokens=True)
+            if as_json:
+                ended = "stop" if len(new) < max_new_tokens else "length"
+                record = {"prompt": texts[index], "completion": completion, "tokens": new, "ended": ended}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                print(f"--- {index + 1} of {len(texts)}: {texts[index]}\n{completion}", flush=True)
+
+
+def _print_as_it_comes(
+    model: Llama, tokenizer: PreTrainedTokenizerBase, tokens: list[int], ask: dict[str, Any]
+) -> None:
+    from moka_jax.llama import stream
+
+    text = TextPieces(tokenizer)
+    for token in stream(model, tokens, **ask):
+        print(text.add(token), end="", flush=True)
+    print(text.rest())
+
+
+def _complete(model: Llama, rows: list[list[int]], indices: range, ask: dict[str, Any]) -> list[list[int]]:
+    """The new tokens of some rows; a row's draws go by its number among all, so batches do not matter."""
+    from moka_jax.llama import generate
+
+    return generate(model, [rows[index] for index in indices], row_keys=indices, **ask)
+
+
+class TextPieces:
+    """The text of tokens that come one by one, in pieces that are never part of a character.
+
+    The pieces together are `tokenizer.decode(tokens, skip_special_tokens=True)`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._decode = lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+        self._tokens: list[int] = []
+        self._shown = 0  # how many of the tokens have been given out as text
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while a character lacks some of its bytes."""
+        self._tokens.append(token)
+        piece = self._piece()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        # a few tokens remain, since a tokenizer may write one in another way at the start of a text
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return piece
+
+    def rest(self) -> str:
+        """What has not been given out: bytes that never became a character."""
+        return self._piece()
+
+    def _piece(self) -> str:
+        before = self._decode(self._tokens[: self._shown])
+        return self._decode(self._tokens)[len(before) :]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file: one a line, or, if it ends in .jsonl, a JSON string or an object with "prompt" a line.
+
+    Empty lines are left out; other fields of an object, such as a data set's "completion", are not read.
+
+    Raises:
+        DataError: the file cannot be read or holds no prompt, or lines are not as expected (all are listed).
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected a text file with one prompt a line; {error}") from error
+    prompts, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        prompt: Any = line.removesuffix("\r")
+        if file.suffix == ".jsonl":
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"line {number}: expected JSON; {error}")
+                continue
+            prompt = found.get("prompt") if isinstance(found, dict) else found
+            if not isinstance(prompt, str):
+                problems.append(
+                    f'line {number}: expected a JSON string, or an object with a string "prompt"; got {found!r}'
+                )
+                continue
+        prompts.append(prompt)
+    if problems:
+        raise DataError(f"{file}: " + "; ".join(problems))
+    if not prompts:
+        raise DataError(f"{file}: expected at least one prompt; the file is empty")
+    return prompts
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool = False) -> list[int]:
@@ -41,6 +169,10 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool 
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-    """The tokens that end a completion."""
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, base: Path | None = None) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model's folder names."""
+    from moka_jax.llama import folder_stop_tokens
+
+    named = [] if base is None else folder_stop_tokens(base)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *named]))

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -71,14 +71,17 @@ def export(
     run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
     base: Annotated[Path | None, typer.Option(help="Where the base model is now, if it was moved.")] = None,
+    checkpoint: Annotated[
+        Literal["last", "best"], typer.Option(help="The newest checkpoint, or the one of the lowest held-out loss.")
+    ] = "last",
 ) -> None:
-    """Write a run's newest adapter as a folder that both backends load, PEFT included.
+    """Write a run's adapter as a folder that both backends load, PEFT included.
 
     [dim]Example: moka export runs/first adapters/first[/dim]
     """
     from moka_cli.train import run_export
 
-    run_export(run, out, base=base)
+    run_export(run, out, base=base, which=checkpoint)
 
 
 @app.command()
@@ -104,19 +107,39 @@ def parity(
 @app.command()
 def generate(
     base: Annotated[Path, typer.Option(help="The base model's folder.")],
-    prompt: Annotated[str, typer.Option(help="What to complete.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to complete; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='File with a prompt a line; .jsonl: JSON strings, or objects with "prompt".')
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without one the base model answers.")] = None,
     quantise: Quantise = "nf4-double",
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add to each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token; above: draw one.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among this many of the most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens with this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts read at once; changes no completion.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
 ) -> None:
-    """Complete a prompt greedily, in JAX.
+    """Complete prompts in JAX: one as it comes, several in batches.
 
     [dim]Example: moka generate --base report/base --adapter report/adapter --prompt "What does math.gcd do?"[/dim]
     """
     from moka_cli.generate import run_generate
 
-    run_generate(base, prompt, adapter=adapter, quantise=quantise, max_new_tokens=max_new_tokens, raw=raw)
+    run_generate(
+        base,
+        prompt or [],
+        prompts_file=prompts,
+        adapter=adapter,
+        quantise=quantise,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        raw=raw,
+        as_json=json_,
+        settings={"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+    )
 
 
 @app.command()

@@ -3,11 +3,79 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moka_core.errors import ModelError
+
+
+class ModelFields:
+    """The fields of a `config.json`, read one by one, and everything that is wrong with them.
+
+    A field that is null counts as absent, as in transformers. What cannot be used is noted in `problems`, and a
+    placeholder of the right type comes back, so that one error can list it all.
+
+    Args:
+        values: the fields.
+        problems: where to note what is wrong; a new list if None.
+        inside: the name of the field that holds these, for the messages.
+
+    >>> fields = ModelFields({"hidden_size": 64, "rms_norm_eps": 0})
+    >>> fields.whole("hidden_size"), fields.number("rms_norm_eps", 1e-6)
+    (64, 1.0)
+    >>> fields.problems
+    ['rms_norm_eps: expected a positive number; got 0']
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, problems: list[str] | None = None, inside: str = "") -> None:
+        self.values = values
+        self.problems = [] if problems is None else problems
+        self._prefix = f"{inside}." if inside else ""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as it stands, or the default if it is absent or null."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.refuse(name, "a positive whole number", value)
+            return 1
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self.get(name, default)
+        if not is_positive(value):
+            self.refuse(name, "a positive number", value)
+            return 1.0
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false", value)
+            return default
+        return value
+
+    def refuse(self, name: str, expected: str, got: Any) -> None:
+        """Note that a field is not what is expected."""
+        self.problems.append(f"{self._prefix}{name}: expected {expected}; got {got!r}")
+
+    def check(self) -> None:
+        """Raise one ModelError with all problems, if there are any."""
+        if self.problems:
+            raise ModelError("config.json: " + "; ".join(self.problems))
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value of a JSON file is a positive number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,35 +98,37 @@ class Architecture:
         Raises:
             ModelError: a number is missing or is no positive whole number; all are listed.
         """
-        problems = []
+        fields = ModelFields(config)
+        result = cls.from_fields(fields)
+        fields.check()
+        return result
 
-        def number(name: str, default: int | None = None) -> int:
-            value = config.get(name)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                problems.append(f"{name}: expected a positive whole number; got {value!r}")
-                return 1
-            return value
-
-        heads = number("num_attention_heads")
-        hidden = number("hidden_size")
+    @classmethod
+    def from_fields(cls, fields: ModelFields) -> Architecture:
+        """The numbers, what is wrong with them being added to `fields.problems`."""
+        before = len(fields.problems)
+        heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
+        silent_mistral = fields.get("model_type") == "mistral" and "num_key_value_heads" not in fields.values
         result = cls(
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
+            intermediate_size=fields.whole("intermediate_size"),
+            num_hidden_layers=fields.whole("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", heads),
-            head_dim=number("head_dim", max(hidden // heads, 1)),
-            vocab_size=number("vocab_size"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            # 8 is what transformers takes for a Mistral without the key
+            num_key_value_heads=fields.whole("num_key_value_heads", 8 if silent_mistral else heads),
+            head_dim=fields.whole("head_dim", max(hidden // heads, 1)),
+            vocab_size=fields.whole("vocab_size"),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         )
-        if not problems and heads % result.num_key_value_heads:
-            problems.append(
+        if len(fields.problems) > before:
+            return result
+        if heads % result.num_key_value_heads:
+            fields.problems.append(
                 f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}); "
                 f"got {result.num_key_value_heads}"
             )
-        if problems:
-            raise ModelError("config.json: " + "; ".join(problems))
+        if fields.get("head_dim") is None and hidden % heads:
+            fields.problems.append(f"head_dim: expected it, as {heads} heads do not divide hidden_size ({hidden})")
         return result
 
     def linear_layers(self) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from moka_core import Architecture, ConfigError
 from moka_jax.llama.config import Attend, LlamaConfig
-from moka_jax.llama.rope import rope_frequencies, rotate
+from moka_jax.llama.rope import rotate, turns
+from moka_jax.sharding import Layout
 from moka_jax.stack import Stack
 
 
@@ -179,6 +180,7 @@ class Llama(nnx.Module):
         self.dtype = dtype
         self.base_fingerprint: str | None = None
         self.base_model: str | None = None
+        self.layout: Layout | None = None
         self.model = LlamaModel(config, dtype=dtype, remat=remat, attend=attend, rngs=rngs)
         sizes = config.architecture
         tied = sizes.tie_word_embeddings
@@ -194,6 +196,9 @@ class Llama(nnx.Module):
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
     ) -> jax.Array:
         """Logits of the next token at every position.
+
+        With the rope types "dynamic" and "longrope" the longest text of the batch, padding included, decides by which
+        angles all are turned, as in transformers; up to `config.rope.original_max_position` it makes no difference.
 
         Args:
             tokens: (batch, time), int; padding on the right is harmless, since attention is causal.
@@ -213,10 +218,14 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-        return self._run(tokens, positions, mask, None)[0]
+        return self._run(tokens, positions, jnp.max(positions) + 1, mask, None)[0]
 
     def decode(self, tokens: jax.Array, cache: KvCache, counts: jax.Array | None = None) -> tuple[jax.Array, KvCache]:
         """Logits after the last token of every row, (batch, vocab), float32, and the cache that has read them.
+
+        With the rope types "dynamic" and "longrope" each row is turned by the angles of its length so far, as in
+        transformers; a row that grows beyond `config.rope.original_max_position` leaves its older keys as they were,
+        so that its logits are no longer those of a forward pass over the whole of it (`generate` refuses that).
 
         Args:
             tokens: (batch, time), read at positions cache.lengths, …; the cache must have room for them.
@@ -229,10 +238,11 @@ class Llama(nnx.Module):
         positions = cache.lengths[:, None] + jnp.arange(time)
         # what padding leaves in the cache stands behind all positions that a row has reached, until it is overwritten
         mask = (jnp.arange(capacity) <= positions[:, :, None])[:, None]
-        hidden, filled = self._run(tokens, positions, mask, cache)
+        lengths = cache.lengths + counts
+        hidden, filled = self._run(tokens, positions, lengths, mask, cache)
         assert filled is not None
         last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), KvCache(keys=filled[0], values=filled[1], lengths=cache.lengths + counts)
+        return self._logits(last), KvCache(keys=filled[0], values=filled[1], lengths=lengths)
 
     def new_cache(self, batch: int, capacity: int) -> KvCache:
         """An empty cache for `capacity` positions."""
@@ -243,17 +253,28 @@ class Llama(nnx.Module):
         return KvCache(keys=keys, values=values, lengths=jnp.zeros((batch,), jnp.int32))
 
     def _run(
-        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array | None, cache: KvCache | None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        mask: jax.Array | None,
+        cache: KvCache | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.architecture.head_dim))
-        angles = positions.astype(jnp.float32)[:, :, None] * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-        cosines, sines = jnp.cos(angles).astype(self.dtype), jnp.sin(angles).astype(self.dtype)
-        x = self.model.embed_tokens(tokens)
+        cosines, sines = turns(self.config.rope, self.architecture.head_dim, positions, lengths, self.dtype)
+        x = self._embed(tokens)
         own = None if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.lengths
         x, own = self.model.layers(x, cosines, sines, mask, start, per_layer=own)
         return self.model.norm(x), own
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        table = self.model.embed_tokens.embedding[...]
+        if self.layout is not None:
+            table = jax.lax.with_sharding_constraint(table, self.layout.used(("vocab", "embed"), table.shape))
+        x = jnp.take(table.astype(self.dtype), tokens, axis=0)
+        if self.layout is not None and len(tokens) % self.layout.batch_shards == 0:
+            x = jax.lax.with_sharding_constraint(x, self.layout.batch())
+        return x
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         if self.lm_head is not None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+import moka_cli.generate
 from conversion import load_adapter, open_base, save_adapter
-from moka_cli.generate import prompt_tokens
+from moka_cli.generate import TextPieces, prompt_tokens, read_prompts
 from moka_cli.main import main
 from moka_core import MokaConfig, plan_layer
 from moka_core.execution import plan_execution
@@ -162,7 +163,21 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
         (["train", "nowhere.yaml"], "nowhere.yaml: expected a YAML file that can be read"),
         (["export", "nowhere", "out"], "nowhere: expected the output folder of a training run"),
         (["parity", "nowhere", "--base", "nowhere"], "nowhere: no such folder; expected a Hugging Face model folder"),
-        (["generate", "--base", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "--base", "nowhere", "--prompt", "x"], "nowhere: no such folder; expected a Hugging Face model"),
+        (["generate", "--base", "nowhere"], "nothing to complete: expected --prompt TEXT or --prompts FILE"),
+        (
+            ["generate", "--base", "nowhere", "--prompts", "no.txt"],
+            "no.txt: expected a text file with one prompt a line",
+        ),
+        (["generate", "--base", "nowhere", "--prompt", "x", "--top-p", "0.9"], "top_p: expected none at temperature 0"),
+        (
+            ["generate", "--base", "nowhere", "--prompt", "x", "--temperature", "-1"],
+            "temperature: expected 0 (the most",
+        ),
+        (
+            ["generate", "--base", "nowhere", "--prompt", "x", "--batch-size", "0"],
+            "batch-size: expected at least 1; got 0",
+        ),
         (["demo", "--steps", "0"], "steps: expected at least 1; got 0"),
     ],
 )
@@ -202,9 +217,106 @@ def test_generation_reads_the_prompt_that_training_taught(tmp_path, template):
     assert tokenizer.decode(taught).startswith(("\n\n", "26 Jul 2024"))
 
 
-def test_a_prompt_beyond_the_context_is_refused(base, capsys):
+def test_a_prompt_beyond_the_context_is_refused_before_the_weights_are_read(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(moka_cli.generate, "load_model", None)
     assert call("generate", "--base", base, "--prompt", "word " * 60) == 1
     assert "exceed the model's context of 128" in capsys.readouterr().err
+    assert call("generate", "--base", base, "--prompt", "short", "--prompt", "word " * 60) == 1
+    assert "generate: prompt 2 of 2: " in capsys.readouterr().err
+
+
+def test_generate_takes_several_prompts_and_prints_json(base, tmp_path, capsys):
+    """What is drawn for a prompt does not depend on the batches."""
+    lines = ["count to three", json.dumps({"prompt": "über 日本 🙂", "completion": "not read"}), "", '"a"']
+    (tmp_path / "more.jsonl").write_text("\n".join([json.dumps(lines[0]), *lines[1:]]) + "\n", encoding="utf-8")
+    shared = ["generate", "--base", base, "--max-new-tokens", 12, "--quantise", "none"]
+    several = [*shared, "--prompt", "add 1 1", "--prompts", tmp_path / "more.jsonl", "--json"]
+
+    def completions(*arguments):
+        assert call(*arguments) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    found = completions(*several)
+    assert [record["prompt"] for record in found] == ["add 1 1", "count to three", "über 日本 🙂", "a"]
+    for record in found:
+        assert set(record) == {"prompt", "completion", "tokens", "ended"}
+        assert record["ended"] == ("length" if len(record["tokens"]) == 12 else "stop")
+
+    warm = ["--temperature", 1.2, "--top-k", 50, "--top-p", 0.95, "--seed", 4]
+    drawn = completions(*several, *warm)
+    assert drawn != found
+    assert completions(*several, *warm, "--batch-size", 1) == drawn
+
+    assert call(*several[:-1]) == 0
+    expected = [f"--- {i + 1} of 4: {record['prompt']}\n{record['completion']}\n" for i, record in enumerate(found)]
+    assert capsys.readouterr().out == "".join(expected)
+
+
+def test_one_prompt_is_printed_as_it_comes_and_is_the_same_text(base, capsys, monkeypatch):
+    arguments = ["generate", "--base", base, "--max-new-tokens", 30, "--prompt", "add 2 2", "--quantise", "none"]
+    arguments += ["--temperature", 1.0, "--seed", 3]
+    assert call(*arguments, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda text, **options: pieces.append(text))
+    assert call(*arguments) == 0
+    assert len(pieces) == len(record["tokens"]) + 1
+    assert sum(map(bool, pieces)) > 5
+    assert "".join(pieces) == record["completion"]
+
+
+def test_the_models_own_stop_tokens_end_a_completion_too(base, tmp_path, capsys):
+    folder = shutil.copytree(base, tmp_path / "base")
+    arguments = ["generate", "--base", folder, "--prompt", "go", "--max-new-tokens", 12, "--json", "--quantise", "none"]
+    assert call(*arguments) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, tokens[3]]}))
+    assert call(*arguments) == 0
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["tokens"] == tokens[: tokens.index(tokens[3])]
+    assert stopped["ended"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words, and lines\nand more", "naïve 日本語 🙂👩‍👩‍👧 Ωmega", " leading", "\ufffd is a character"]
+)
+@pytest.mark.parametrize("merges", [(), ((" ", "a"), ("n", "d"), ("Ã", "¯"))], ids=["bytes", "merges"])
+def test_text_that_comes_token_by_token_is_the_same_text_in_whole_characters(text, merges):
+    tokenizer = make_tokenizer(merges=tuple((a.replace(" ", "Ġ"), b) for a, b in merges))
+    tokens = tokenizer(text)["input_ids"]
+    tokens = [*tokens[:3], tokenizer.eos_token_id, *tokens[3:]]  # special tokens are not part of the text
+    stream = TextPieces(tokenizer)
+    pieces = [stream.add(token) for token in tokens]
+    assert "".join(pieces) + stream.rest() == tokenizer.decode(tokens, skip_special_tokens=True) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert sum(map(bool, pieces)) >= len(text) // 2
+    broken = TextPieces(tokenizer)
+    half = tokenizer("a🙂")["input_ids"][:-1]
+    assert [broken.add(token) for token in half] == ["a", *[""] * (len(half) - 1)]
+    assert "a" + broken.rest() == tokenizer.decode(half)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "p.jsonl",
+            '{"prompt": 3}\n"ok"\n{',
+            'line 1: expected a JSON string, or an object with a string "prompt"; got',
+        ),
+        ("p.jsonl", '"ok"\n{', "line 2: expected JSON; "),
+        ("p.txt", "\n  \n", "expected at least one prompt; the file is empty"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert call("generate", "--base", "nowhere", "--prompts", tmp_path / name) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_plain_file_has_one_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes("one\r\n\n  two\u2028 \n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["one", "  two\u2028 "]
 
 
 def test_a_wrong_option_ends_with_usage_and_status_2(capsys):

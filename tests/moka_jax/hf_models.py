@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3",
@@ -19,6 +20,29 @@ ROPE_LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+ROPE_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+ROPE_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+ROPE_YARN_IN_FULL = {
+    **ROPE_YARN,
+    "beta_fast": 12.0,
+    "beta_slow": 0.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "truncate": False,
+}
+ROPE_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * k for k in range(8)],
+    "long_factor": [1.0 + 0.7 * k for k in range(8)],
+    "original_max_position_embeddings": 64,
+}
+ROPE_PROPORTIONAL = {
+    "rope_type": "proportional",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "partial_rotary_factor": 0.5,
+}
 
 # name: (changes to the config, length of the input)
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
@@ -26,13 +50,46 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "grouped-query, tied head": ({"tie_word_embeddings": True}, 24),
     "one key head, own head_dim": ({"num_key_value_heads": 1, "head_dim": 24}, 24),
     "biases": ({"attention_bias": True, "mlp_bias": True}, 24),
+    "bias of attention, large eps, split sums": (
+        {"attention_bias": True, "rms_norm_eps": 0.3, "pretraining_tp": 2},
+        24,
+    ),
+    "bias of the MLP": ({"mlp_bias": True}, 24),
+    "mistral without window": ({"model_type": "mistral", "sliding_window": None, "head_dim": 24}, 24),
     "llama3 rope": ({"rope_parameters": ROPE_LLAMA3}, 160),
     "linear rope": ({"rope_parameters": ROPE_LINEAR}, 160),
+    "dynamic rope beyond its context": ({"rope_parameters": ROPE_DYNAMIC, "max_position_embeddings": 64}, 160),
+    "dynamic rope within its context": ({"rope_parameters": ROPE_DYNAMIC}, 160),
+    "yarn rope": ({"rope_parameters": ROPE_YARN}, 160),
+    "yarn rope, all fields": ({"rope_parameters": ROPE_YARN_IN_FULL}, 160),
+    "yarn rope, own attention factor": ({"rope_parameters": {**ROPE_YARN, "attention_factor": 0.6}}, 160),
+    "longrope beyond its context": ({"rope_parameters": ROPE_LONG}, 160),
+    "longrope within its context": ({"rope_parameters": {**ROPE_LONG, "factor": 8.0}}, 64),
+    "proportional rope": ({"rope_parameters": ROPE_PROPORTIONAL}, 160),
+}
+
+_ROPE_FREE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_SHORT = {**ROPE_LONG, "long_factor": ROPE_LONG["short_factor"]}
+# name: (a variant, changes that undo one of its switches)
+UNDONE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, _ROPE_FREE)
+        for name in VARIANTS
+        if "rope" in name and name != "dynamic rope within its context"  # there it is the default
+    },
+    "yarn's bounds and truncation": ("yarn rope, all fields", {"rope_parameters": ROPE_YARN}),
+    "yarn's attention factor": ("yarn rope, own attention factor", {"rope_parameters": ROPE_YARN}),
+    "longrope's long factors": ("longrope beyond its context", {"rope_parameters": _SHORT}),
+    "the part that proportional rope turns": (
+        "proportional rope",
+        {"rope_parameters": {**ROPE_PROPORTIONAL, "partial_rotary_factor": 1.0}},
+    ),
+    "eps": ("bias of attention, large eps, split sums", {"rms_norm_eps": 1e-6}),
 }
 
 
-def save_llama(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A model whose every tensor is random and whose logits are far from uniform, saved in the folder."""
+def build_llama(**changes: Any) -> LlamaForCausalLM | MistralForCausalLM:
+    """A small model with the weights that transformers draws; `model_type` may be "mistral"."""
     values: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -45,7 +102,22 @@ def save_llama(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausal
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+    values = copy.deepcopy({**values, **changes})  # transformers completes rope_parameters in place
+    if values.pop("model_type", "llama") == "mistral":
+        return MistralForCausalLM(MistralConfig(**values)).eval()
+    return LlamaForCausalLM(LlamaConfig(**values)).eval()
+
+
+def save_llama(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausalLM | MistralForCausalLM:
+    """A model whose every tensor is random and whose logits are far from uniform, saved in the folder."""
+    model = random_llama(seed=seed, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM | MistralForCausalLM:
+    """The model of `save_llama`, in memory only."""
+    model = build_llama(**changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -55,7 +127,6 @@ def save_llama(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausal
                 parameter.normal_(
                     0, 0.5 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5, generator=generator
                 )
-    model.save_pretrained(folder)
     return model
 
 
