@@ -21,7 +21,7 @@ demo: install    ## fine-tune a real model in JAX, take the adapter to PyTorch, 
 	$(BIN)/moka demo
 
 test: install    ## the default tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-peft: install  ## PEFT's own tests, of the installed version, on MoKA
 	$(BIN)/python -m tests.peft_suite

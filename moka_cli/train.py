@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from moka_jax.llama import Llama
     from moka_jax.train import TrainConfig, TrainResult
+    from moka_jax.train.saved import Which
 
 
 def run_train(config_file: Path, overrides: list[str]) -> None:
@@ -25,8 +26,10 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
     result = train_from_config(config, console)
     if result.interrupted:
         raise KeyboardInterrupt
+    better = result.best_step not in (None, result.step)
+    hint = f"; step {result.best_step} had the lowest held-out loss: --checkpoint best" if better else ""
     console.print(
-        f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER",
+        f"metrics: {result.metrics}\nnext: moka export {config.output} ADAPTER_FOLDER{hint}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -49,23 +52,24 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     return train(model, tokenizer, config, console=console)
 
 
-def run_export(run: Path, out: Path, *, base: Path | None = None) -> None:
-    """Write the newest adapter of a run."""
+def run_export(run: Path, out: Path, *, base: Path | None = None, which: Which = "last") -> None:
+    """Write an adapter of a run."""
     from conversion import save_adapter
     from moka_jax import export_adapter
 
-    model, step = trained_model(run, base=base)
+    model, step = trained_model(run, base=base, which=which)
     adapter = export_adapter(model)
     save_adapter(adapter, out)
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers, after step {step}"
     Console().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-def trained_model(run: Path, *, base: Path | None = None) -> tuple[Llama, int]:
-    """A model that holds a run's newest adapter and no base weights, and the step of that adapter.
+def trained_model(run: Path, *, base: Path | None = None, which: Which = "last") -> tuple[Llama, int]:
+    """A model that holds an adapter of a run and no base weights, and the step of that adapter.
 
     Args:
         base: where the base model is now, if not where the run found it.
+        which: the newest checkpoint, or the one of the lowest held-out loss.
 
     Raises:
         ModelError: the folder holds another model than the one that the run trained on.
@@ -76,7 +80,7 @@ def trained_model(run: Path, *, base: Path | None = None) -> tuple[Llama, int]:
     from moka_jax.llama import Llama, LlamaConfig
     from moka_jax.train import TrainConfig, restore_adapter, saved_run
 
-    values, fingerprint = saved_run(run)
+    values, fingerprint = saved_run(run, which=which)
     config = TrainConfig.from_dict(values)
     folder = config.base if base is None else base
     if not Path(folder).is_dir():
@@ -95,7 +99,7 @@ def trained_model(run: Path, *, base: Path | None = None) -> tuple[Llama, int]:
 
     model = nnx.eval_shape(build)
     model.base_fingerprint, model.base_model = opened.fingerprint, opened.name
-    return model, restore_adapter(run, model)
+    return model, restore_adapter(run, model, which=which)
 
 
 def attach_fresh(model: Llama, config: TrainConfig) -> None:

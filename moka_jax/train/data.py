@@ -1,16 +1,15 @@
-"""Examples from JSON lines: tokens, which of them are learned, and batches in an order that can be resumed."""
+"""Examples from JSON lines: their tokens, and which of them are learned."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grain
 import jinja2
 import numpy as np
 
@@ -19,9 +18,6 @@ from moka_core import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Batch = dict[str, np.ndarray]
-
-LENGTH_MULTIPLE = 32
 ROLES = ("system", "user", "assistant")
 _SHOWN = 5
 
@@ -164,81 +160,6 @@ def load_dataset(
         cut=cut,
         digest=digest.hexdigest(),
     )
-
-
-def train_batches(dataset: Dataset, *, batch_size: int, accumulate: int, seed: int) -> grain.DatasetIterator[Batch]:
-    """Endless batches, one for each optimiser step, in an order drawn anew for every pass over the data.
-
-    Batch s is a function of (dataset, batch_size·accumulate, seed, s) alone: `get_state` and `set_state` resume at
-    any step, and 2 × 4 examples are the same ones as 1 × 8. No example is left out: a batch may span two passes.
-
-    Returns:
-        An iterator over batches as of `collate`, each array (accumulate, batch_size, …).
-    """
-
-    longest = dataset.longest
-
-    def stack(examples: Sequence[Example]) -> Batch:
-        flat = collate(examples, pad_id=dataset.pad_id, longest=longest)
-        return {name: array.reshape(accumulate, batch_size, *array.shape[1:]) for name, array in flat.items()}
-
-    order = grain.MapDataset.source(dataset.examples).seed(seed).shuffle().repeat()
-    # Endless, so there is no remainder to drop; but without this Grain counts batches of one by a float and overflows.
-    steps = order.batch(batch_size * accumulate, drop_remainder=True, batch_fn=stack)
-    # The examples are in memory: reading threads would only contend for the interpreter.
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def eval_batches(dataset: Dataset, *, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The examples once, in the file's order; the last batch is filled up with rows that count nothing.
-
-    Args:
-        limit: at most this many batches.
-
-    Returns:
-        Batches as of `collate`, each with batch_size rows.
-    """
-    longest = dataset.longest
-    starts = range(0, len(dataset.examples), batch_size)
-    for start in starts[:limit]:
-        yield collate(
-            dataset.examples[start : start + batch_size],
-            pad_id=dataset.pad_id,
-            longest=longest,
-            rows=batch_size,
-        )
-
-
-def collate(examples: Sequence[Example], *, pad_id: int, longest: int, rows: int | None = None) -> Batch:
-    """Examples side by side, padded on the right: targets[t] = tokens[t+1], loss_mask[t] = it is learned.
-
-    The length is 32, 64, 128, … or that of `longest`, so that few different shapes are ever compiled.
-
-    Args:
-        longest: tokens of the longest example there will be.
-        rows: rows of the batch; those beyond the examples have no learned token.
-
-    Returns:
-        {"tokens", "targets": int32 (rows, time), "loss_mask": bool (rows, time), "lengths": int32 (rows,)}, the last
-        being each row's tokens without padding.
-    """
-    rows = len(examples) if rows is None else rows
-    time = LENGTH_MULTIPLE
-    while time < max(len(example.tokens) for example in examples):
-        time *= 2
-    time = min(time, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-    tokens = np.full((rows, time + 1), pad_id, np.int32)
-    mask = np.zeros((rows, time + 1), bool)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = example.tokens
-        mask[row, : len(example.loss_mask)] = example.loss_mask
-    lengths = [len(example.tokens) for example in examples] + [0] * (rows - len(examples))
-    return {
-        "tokens": tokens[:, :-1].copy(),
-        "targets": tokens[:, 1:].copy(),
-        "loss_mask": mask[:, 1:].copy(),
-        "lengths": np.array(lengths, np.int32),
-    }
 
 
 def _raw_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:

@@ -17,11 +17,14 @@ class Interrupt:
 
     Args:
         on_request: called once, when the stop is requested.
-        signals: what to listen to.
+        signals: what to listen to; Ctrl-C, and what schedulers and `kill` send before they end a process.
     """
 
     def __init__(
-        self, on_request: Callable[[], None], *, signals: tuple[signal.Signals, ...] = (signal.SIGINT,)
+        self,
+        on_request: Callable[[], None],
+        *,
+        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
     ) -> None:
         self.requested = False
         self._on_request = on_request

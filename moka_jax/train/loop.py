@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,20 @@ from rich.console import Console
 
 from moka_core import ConfigError, DataError, MokaError
 from moka_jax.linear import MokaParam
-from moka_jax.train.checkpoint import CheckpointError, Checkpoints
+from moka_jax.train.batches import Batch, eval_batches, train_batches
+from moka_jax.train.checkpoint import CheckpointError, Checkpoints, checkpoint_steps, restore
+from moka_jax.train.clock import Clock
 from moka_jax.train.config import TrainConfig
-from moka_jax.train.data import LENGTH_MULTIPLE, Batch, Dataset, eval_batches, load_dataset, train_batches
+from moka_jax.train.data import Dataset, load_dataset
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
+from moka_jax.train.optimiser import make_optimiser
+from moka_jax.train.preflight import check_packing, check_vocabulary
+from moka_jax.train.profiler import Profiler
 from moka_jax.train.report import Report
-from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_optimiser, make_train_step
+from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_train_step, start_state
+from moka_jax.train.stopping import best_evaluation, evaluations_without_gain
+from moka_jax.train.tensorboard import TensorBoard, check_tensorboard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +39,7 @@ StepHook = Callable[[int, nnx.State, Mapping[str, jax.Array]], None]
 
 
 class TrainingError(MokaError):
-    """The run cannot go on: its loss or gradient is no longer a number."""
+    """The run cannot go on: its loss or gradient is no longer a number, or its metrics cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +49,24 @@ class TrainResult:
     Args:
         step: finished steps.
         interrupted: it was stopped before the last step; started again, it goes on from `step`.
+        stopped_early: it ended before the last step, since the held-out loss no longer fell; see `EarlyStopping`.
         resumed_from: step of the checkpoint that it started from, or None.
         train_loss: loss of the newest training record, or None.
         eval_loss: newest held-out loss, or None without held-out data.
+        best_step: step with the lowest held-out loss, whose checkpoint is kept, or None without held-out data.
+        skipped: steps that changed nothing, since their loss or gradient was not finite.
         metrics: the metrics file.
         checkpoints: the folder of the checkpoints.
     """
 
     step: int
     interrupted: bool
+    stopped_early: bool
     resumed_from: int | None
     train_loss: float | None
     eval_loss: float | None
+    best_step: int | None
+    skipped: int
     metrics: Path
     checkpoints: Path
 
@@ -67,15 +79,15 @@ def train(
     on_step: StepHook | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train the adapter of a model, or go on with the run in `config.output`; the model then holds the adapter.
+    """Train the adapter of a model, or go on with the run in `config.output`; the model then holds the newest adapter.
 
     Minimises the mean cross-entropy of the learned tokens over the `MokaParam` entries; everything else is frozen.
-    The first Ctrl-C ends the run after the step that is under way, with a checkpoint. A run that was stopped and
-    started again, however often, ends with the same bits and the same losses as one that never stopped.
+    The first Ctrl-C or SIGTERM ends the run after the step that is under way, with a checkpoint. A run that was stopped
+    and started again, however often, ends with the same bits and the same losses as one that never stopped.
 
     Args:
         model: an NNX model with an adapter attached, that maps tokens (batch, time) int32 to logits
-            (batch, time, vocabulary).
+            (batch, time, vocabulary); for packing also with `positions` and `segments`, as `Llama` takes them.
         tokenizer: of the base model.
         config: the run. `base`, `quantise`, `dtype` and `adapter` describe the model; they are not applied here,
             but a run is not resumed with others.
@@ -84,22 +96,33 @@ def train(
         console: where progress is shown; the standard output by default.
 
     Raises:
-        ConfigError: the model has no adapter.
-        DataError: see `load_dataset`; or a token is beyond the model's vocabulary.
-        CheckpointError: `config.output` holds another run, or a damaged checkpoint.
-        TrainingError: loss or gradient is not finite; earlier checkpoints stay.
+        ConfigError: the model has no adapter, or cannot keep packed examples apart; a package is missing.
+        DataError: see `load_dataset`; a token is beyond the model's vocabulary; the metrics cannot be read.
+        CheckpointError: `config.output` holds another run, or no checkpoint that is sound; one cannot be written.
+        TrainingError: too many steps in a row were skipped, the held-out loss is not finite, or the metrics cannot be
+            written; earlier checkpoints stay.
     """
     parts: Any = nnx.split(model, MokaParam, ...)
     graphdef, adapter, frozen = parts
     if not jax.tree.leaves(adapter):
         raise ConfigError("train: this model has no adapter; attach one first")
+    if config.data.packing:
+        check_packing(model)
+    if config.tensorboard:
+        check_tensorboard()
     learn = _load(config.data.train, tokenizer, config)
     held_out = None if config.data.eval is None else _load(config.data.eval, tokenizer, config)
-    _check_vocabulary(model, [learn] if held_out is None else [learn, held_out])
+    check_vocabulary(model, [learn] if held_out is None else [learn, held_out])
 
     optimiser = make_optimiser(config.optimiser, steps=config.steps)
-    state = optimiser.start(adapter)
-    batches = train_batches(learn, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed)
+    state = start_state(optimiser, adapter)
+    batches = train_batches(
+        learn,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        pack_to=config.data.max_length if config.data.packing else None,
+    )
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     meaning = config.meaning() | {
@@ -107,42 +130,67 @@ def train(
         "training examples": learn.digest,
         "held-out examples": None if held_out is None else held_out.digest,
     }
-    with Checkpoints(
-        output / "checkpoints", keep=config.keep_checkpoints, meaning=meaning, config=config.to_dict()
-    ) as checkpoints:
-        resumed_from = checkpoints.latest
-        if resumed_from is not None:
-            state = checkpoints.restore(state, batches)
-            if resumed_from > config.steps:
-                raise CheckpointError(
-                    f"{checkpoints.folder / str(resumed_from)}: expected a step up to steps: {config.steps}; "
-                    "raise steps, or use another output folder"
-                )
-        log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from)
-        with Report(console or Console(), steps=config.steps, done=int(state.step)) as report:
-            run = _Run(
-                config=config,
-                train_step=make_train_step(graphdef, optimiser, accumulate=config.accumulate, seed=config.seed),
-                eval_step=make_eval_step(graphdef),
-                frozen=frozen,
-                held_out=held_out,
-                batches=batches,
-                checkpoints=checkpoints,
-                log=log,
-                report=report,
+    restored = restore(output / "checkpoints", state, batches, meaning=meaning)
+    resumed_from = None
+    if restored is not None:
+        state = restored.state
+        resumed_from = int(state.step)
+        if resumed_from > config.steps:
+            raise CheckpointError(
+                f"{output / 'checkpoints' / str(resumed_from)}: expected a step up to steps: {config.steps}; "
+                "raise steps, or use another output folder"
             )
-            run.announce(learn, resumed_from)
-            state = run.go(state, on_step)
+    log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from)
+    if config.early_stopping is not None and resumed_from and log.last("eval") is None:
+        raise DataError(
+            f"{log.path}: expected the held-out losses up to step {resumed_from}, which early stopping compares with; "
+            "there are none; put the file back, or leave early_stopping out"
+        )
+    with contextlib.ExitStack() as stack:
+        board = None
+        if config.tensorboard:
+            first_step = 0 if resumed_from is None else resumed_from + 1
+            board = stack.enter_context(TensorBoard(output / "tensorboard", first_step=first_step))
+        run = _Run(
+            config=config,
+            train_step=make_train_step(
+                graphdef,
+                optimiser,
+                accumulate=config.accumulate,
+                seed=config.seed,
+                max_skipped_steps=config.max_skipped_steps,
+            ),
+            eval_step=make_eval_step(graphdef),
+            frozen=frozen,
+            held_out=held_out,
+            batches=batches,
+            checkpoints=stack.enter_context(
+                Checkpoints(
+                    output / "checkpoints", keep=config.keep_checkpoints, meaning=meaning, config=config.to_dict()
+                )
+            ),
+            log=log,
+            board=board,
+            report=stack.enter_context(Report(console or Console(), steps=config.steps, done=int(state.step))),
+            profiler=stack.enter_context(Profiler(config.profile, output / "profile")),
+        )
+        run.announce(learn, resumed_from, {} if restored is None else restored.damaged)
+        state = run.go(state, on_step)
     nnx.update(model, state.adapter)
-    train_record, eval_record = log.last("train"), log.last("eval")
+    step, train_record, eval_record = int(state.step), log.last("train"), log.last("eval")
+    best_step, gains_nothing = run.standing()
+    stopped_early = step < config.steps and gains_nothing
     return TrainResult(
-        step=int(state.step),
-        interrupted=int(state.step) < config.steps,
+        step=step,
+        interrupted=step < config.steps and not stopped_early,
+        stopped_early=stopped_early,
         resumed_from=resumed_from,
         train_loss=None if train_record is None else train_record["loss"],
         eval_loss=None if eval_record is None else eval_record["loss"],
+        best_step=best_step,
+        skipped=int(state.skipped),
         metrics=log.path,
-        checkpoints=checkpoints.folder,
+        checkpoints=run.checkpoints.folder,
     )
 
 
@@ -158,10 +206,13 @@ class _Run:
     batches: grain.DatasetIterator[Batch]
     checkpoints: Checkpoints
     log: MetricsLog
+    board: TensorBoard | None
     report: Report
+    profiler: Profiler
 
-    def announce(self, learn: Dataset, resumed_from: int | None) -> None:
-        """Say what is learned from; record it once."""
+    def announce(self, learn: Dataset, resumed_from: int | None, damaged: Mapping[int, str]) -> None:
+        """Say what is learned from, and where the run goes on; record it once."""
+        packed = f"; packed into rows of {self.config.data.max_length}" if self.config.data.packing else ""
         for split, dataset in (("train", learn), ("eval", self.held_out)):
             if dataset is None:
                 continue
@@ -169,53 +220,76 @@ class _Run:
             self.report.say(
                 f"{dataset.path}: {counts['examples']:,} examples, {counts['loss_tokens']:,} of {counts['tokens']:,} "
                 f"tokens learned, longest {counts['longest']}, {counts['cut']} cut at "
-                f"data.max_length {self.config.data.max_length}"
+                f"data.max_length {self.config.data.max_length}" + (packed if split == "train" else "")
             )
             if not any(record["kind"] == "data" and record["split"] == split for record in self.log.records):
-                self.log.append({"kind": "data", "step": 0, "split": split, **counts})
-        if resumed_from is not None:
-            self.report.say(f"going on from step {resumed_from} of {self.config.steps}")
+                self._write({"kind": "data", "step": 0, "split": split, **counts})
+        if resumed_from is None:
+            return
+        for step, why in damaged.items():
+            self.report.say(f"the checkpoint of step {step} is damaged, and was renamed to {step}.damaged: {why}")
+        if damaged:
+            listed = [{"step": step, "why": why} for step, why in damaged.items()]
+            self._write({"kind": "fallback", "step": resumed_from, "damaged": listed})
+        self.report.say(f"going on from step {resumed_from} of {self.config.steps}")
+
+    def standing(self) -> tuple[int | None, bool]:
+        """The step with the lowest held-out loss, if there is one, and whether early stopping ends the run here."""
+        best, rule = best_evaluation(self.log.records), self.config.early_stopping
+        without = 0 if rule is None else evaluations_without_gain(self.log.records, min_delta=rule.min_delta)
+        return None if best is None else best["step"], rule is not None and without >= rule.patience
 
     def go(self, state: TrainState, on_step: StepHook | None) -> TrainState:
-        """Take the remaining steps, or those until the run is interrupted; what was reached is in a checkpoint."""
+        """Take the remaining steps, or those until the run is stopped; what was reached is in a checkpoint."""
         config, step = self.config, int(state.step)
         metrics: Metrics = {}
-        clock = _Clock(before=max((record.get("seconds", 0.0) for record in self.log.records), default=0.0))
-        hint = "stopping after this step; press Ctrl-C again to stop at once, without a checkpoint"
-        with Interrupt(lambda: self.report.say(hint)) as interrupt:
+        best, gains_nothing = self.standing()
+        clock = Clock(before=max((record.get("seconds", 0.0) for record in self.log.records), default=0.0))
+        with Interrupt(lambda: self.report.say(_STOPPING)) as interrupt:
             while True:
                 with clock.pause():
                     if self._evaluation_is_due(step):
+                        self._check_skipped(step, metrics)
                         self._evaluate(step, state, clock, interrupt)
+                        best, gains_nothing = self.standing()
+                    ended = step == config.steps or gains_nothing
                     stop = interrupt.requested
-                    if step == config.steps or stop or (step > 0 and step % config.checkpoint_every == 0):
-                        _check_finite(step, metrics)
-                        self.checkpoints.save(state, self.batches)
-                if step == config.steps:
+                    if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
+                        self._check_skipped(step, metrics)
+                        self.checkpoints.save(state, self.batches, best=best)
+                if ended:
+                    if step < config.steps:
+                        self._tell_early_stop(step)
                     break
                 if stop:
                     self.report.say(f"interrupted: checkpoint of step {step} saved; start again to go on from there")
                     break
                 batch = next(self.batches)
-                state, metrics = self.train_step(state, self.frozen, _place(batch))
                 step += 1
+                with self.profiler.step(step):
+                    state, metrics = self.train_step(state, self.frozen, _place(batch))
                 clock.count(int(batch["lengths"].sum()))
                 if step % config.log_every == 0 or step == config.steps:
                     self._record(step, metrics, clock)
+                if self.profiler.finish(step, metrics["loss"]):
+                    self.report.say(f"profile of the steps up to {step}: {Path(config.output) / 'profile'}")
                 self.report.advance(step)
                 if on_step is not None:
                     try:
                         on_step(step, state.adapter, metrics)
                     except KeyboardInterrupt:
+                        if interrupt.requested:
+                            raise
                         interrupt.request()
         return state
 
     def _evaluation_is_due(self, step: int) -> bool:
+        if self.held_out is None or (step % self.config.eval_every != 0 and step != self.config.steps):
+            return False
         last = self.log.last("eval")
-        due = step % self.config.eval_every == 0 or step == self.config.steps
-        return self.held_out is not None and due and (last is None or last["step"] != step)
+        return last is None or last["step"] != step
 
-    def _evaluate(self, step: int, state: TrainState, clock: _Clock, interrupt: Interrupt) -> None:
+    def _evaluate(self, step: int, state: TrainState, clock: Clock, interrupt: Interrupt) -> None:
         """Record the held-out loss, Σ losses / Σ learned tokens; nothing if it was interrupted."""
         assert self.held_out is not None
         loss, tokens = 0.0, 0
@@ -225,70 +299,79 @@ class _Run:
             summed, count = self.eval_step(state.adapter, self.frozen, _place(batch))
             loss, tokens = loss + float(summed), tokens + int(count)
         if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the held-out loss is {loss}; {_WAY_OUT}")
+            raise TrainingError(f"step {step}: the held-out loss is {loss}; {_WAY_OUT}; checkpoints stay")
         record = {"kind": "eval", "step": step, "loss": loss / tokens, "tokens": tokens, "seconds": clock.seconds}
-        self.log.append(record)
+        self._write(record)
         self.report.eval(record)
 
-    def _record(self, step: int, metrics: Metrics, clock: _Clock) -> None:
+    def _record(self, step: int, metrics: Metrics, clock: Clock) -> None:
         """Record the metrics of a step; waits for it to be finished."""
-        _check_finite(step, metrics)
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        counts = {name: int(metrics[name]) for name in ("skipped", "skipped_in_a_row")}
         speed, seconds_a_step = clock.lap()
+        if counts["skipped_in_a_row"]:
+            record = {"kind": "skip", "step": step, "reason": _reason(loss, norm), **counts, "seconds": clock.seconds}
+            self._write(record)
+            self.report.skip(record)
+            self._check_skipped(step, metrics)
+            return
         record = {
             "kind": "train",
             "step": step,
-            "loss": float(metrics["loss"]),
+            "loss": loss,
             "learning_rate": float(metrics["learning_rate"]),
-            "grad_norm": float(metrics["grad_norm"]),
+            "grad_norm": norm,
             "tokens": int(metrics["tokens"]),
+            "skipped": counts["skipped"],
             "tokens_per_second": speed,
             "seconds": clock.seconds,
         }
-        self.log.append(record)
+        self._write(record)
         self.report.train(record, seconds_left=seconds_a_step * (self.config.steps - step))
 
+    def _check_skipped(self, step: int, metrics: Metrics) -> None:
+        """End the run if too many steps up to this one were skipped; waits for the step to be finished."""
+        in_a_row = int(metrics.get("skipped_in_a_row", 0))
+        allowed = self.config.max_skipped_steps
+        if in_a_row <= allowed:
+            return
+        saved = checkpoint_steps(self.checkpoints.folder)
+        raise TrainingError(
+            f"step {step - in_a_row + 1 + allowed}: {_reason(float(metrics['loss']), float(metrics['grad_norm']))}; "
+            f"{allowed + 1} step{'s' * (allowed > 0)} in a row changed nothing (max_skipped_steps: {allowed}); "
+            f"{_WAY_OUT}; "
+            + (f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet")
+        )
 
-class _Clock:
-    """Seconds of the whole run, and tokens and steps a second since the last lap, pauses left out."""
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """Write a record to all files of metrics."""
+        try:
+            self.log.append(record)
+            if self.board is not None:
+                self.board.add(record)
+        except OSError as error:
+            raise TrainingError(
+                f"step {record['step']}: the metrics cannot be written: {error}; {self.checkpoints.way_on()}"
+            ) from error
 
-    def __init__(self, *, before: float) -> None:
-        self._start = time.perf_counter() - before
-        self._lap_start = time.perf_counter()
-        self._tokens = self._steps = 0
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began, the time between an interruption and the next start left out."""
-        return time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that counts for no lap."""
-        begin = time.perf_counter()
-        yield
-        self._lap_start += time.perf_counter() - begin
-
-    def count(self, tokens: int) -> None:
-        """Note a step over this many tokens."""
-        self._tokens += tokens
-        self._steps += 1
-
-    def lap(self) -> tuple[float, float]:
-        """Tokens a second and seconds a step since the last lap."""
-        now = time.perf_counter()
-        seconds = now - self._lap_start
-        rates = self._tokens / seconds, seconds / self._steps
-        self._lap_start, self._tokens, self._steps = now, 0, 0
-        return rates
-
-
-_WAY_OUT = "lower optimiser.learning_rate, lengthen optimiser.warmup_steps, or look at the data; checkpoints stay"
+    def _tell_early_stop(self, step: int) -> None:
+        rule, best = self.config.early_stopping, best_evaluation(self.log.records)
+        assert rule is not None
+        assert best is not None
+        self.report.say(
+            f"stopped early after step {step}: no gain in {rule.patience} evaluation{'s' * (rule.patience > 1)}; "
+            f"the lowest held-out loss, {best['loss']:.4f}, is that of step {best['step']}"
+        )
 
 
-def _check_finite(step: int, metrics: Metrics) -> None:
-    for name in ("loss", "grad_norm"):
-        if name in metrics and not math.isfinite(float(metrics[name])):
-            raise TrainingError(f"step {step}: {name} is {float(metrics[name])}; {_WAY_OUT}")
+_STOPPING = "stopping after this step; press Ctrl-C again, or repeat the signal, to stop at once, without a checkpoint"
+_WAY_OUT = "lower optimiser.learning_rate, lengthen optimiser.warmup_steps, or look at the data"
+
+
+def _reason(loss: float, norm: float) -> str:
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    return f"gradient norm is {norm}" if not math.isfinite(norm) else "too many steps before it were skipped"
 
 
 def _place(batch: Batch) -> Arrays:
@@ -298,16 +381,3 @@ def _place(batch: Batch) -> Arrays:
 
 def _load(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Dataset:
     return load_dataset(path, tokenizer, max_length=config.data.max_length, chat_template=config.data.chat_template)
-
-
-def _check_vocabulary(model: nnx.Module, datasets: Iterable[Dataset]) -> None:
-    """JAX clamps an index beyond an array: without this, tokens beyond the vocabulary would train nonsense."""
-    graphdef, state = nnx.split(model)
-    tokens = jax.ShapeDtypeStruct((1, LENGTH_MULTIPLE), jnp.int32)
-    logits = jax.eval_shape(lambda state, tokens: nnx.merge(graphdef, state)(tokens), state, tokens)
-    for dataset in datasets:
-        if dataset.largest_token >= logits.shape[-1]:
-            raise DataError(
-                f"{dataset.path}: token {dataset.largest_token} is beyond the model's vocabulary of "
-                f"{logits.shape[-1]}; use the tokenizer of this base model"
-            )

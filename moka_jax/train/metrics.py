@@ -1,4 +1,15 @@
-"""The metrics of a run: one JSON object a line, and a picture of the losses."""
+"""The metrics of a run: one JSON object a line, and a picture of the losses.
+
+Every record has a kind and a step:
+
+| kind | what it tells |
+|---|---|
+| data | the examples of a split: how many, how many tokens, how many of them learned, how many cut |
+| train | a step: loss, learning rate, gradient norm before clipping, learned tokens, tokens a second, skipped so far |
+| skip | a step that changed nothing, and why; only steps that `log_every` lets through have a record |
+| eval | the held-out loss after a step |
+| fallback | the run went on from this step, since the newer checkpoints that are named were damaged |
+"""
 
 from __future__ import annotations
 
@@ -13,7 +24,7 @@ from matplotlib.figure import Figure
 
 from moka_core import DataError
 
-KINDS = ("data", "train", "eval")
+KINDS = ("data", "train", "skip", "eval", "fallback")
 
 
 class MetricsLog:
@@ -26,7 +37,7 @@ class MetricsLog:
         resume_from: keep the lines of steps up to this one; None starts the file anew.
 
     Raises:
-        DataError: a line that should be kept is no metrics record.
+        DataError: a line that should be kept is no metrics record, or the file cannot be written.
     """
 
     def __init__(self, path: Path, *, resume_from: int | None) -> None:
@@ -36,11 +47,20 @@ class MetricsLog:
             kept = [r for r in read_metrics(path, allow_cut_end=True) if r["step"] <= resume_from]
         self.records: list[dict[str, Any]] = kept
         fresh = path.with_name(path.name + ".new")
-        fresh.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(fresh, path)
+        try:
+            fresh.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: the metrics cannot be written: {error}; nothing was lost: make room on the disk, start again"
+            ) from error
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; its numbers must be finite."""
+        """Write one line; its numbers must be finite.
+
+        Raises:
+            OSError: the disk is full, or the like; part of the line may stand in the file.
+        """
         line = _line(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)

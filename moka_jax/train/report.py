@@ -57,6 +57,8 @@ class Report:
     def train(self, record: dict[str, Any], *, seconds_left: float) -> None:
         """Show a training record of the metrics."""
         numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if record["skipped"]:
+            numbers += f"  {record['skipped']} skipped"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], numbers=numbers)
         else:
@@ -64,6 +66,13 @@ class Report:
                 f"step {record['step']}/{self._steps}  {numbers}  learning rate {record['learning_rate']:.3g}  "
                 f"left {_duration(seconds_left)}"
             )
+
+    def skip(self, record: dict[str, Any]) -> None:
+        """Show the record of a step that changed nothing."""
+        self.say(
+            f"step {record['step']}/{self._steps}  skipped: {record['reason']} ({record['skipped_in_a_row']} in a row, "
+            f"{record['skipped']} in all)"
+        )
 
     def eval(self, record: dict[str, Any]) -> None:
         """Show an evaluation record of the metrics."""

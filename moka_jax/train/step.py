@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from moka_jax.linear import with_dropout_key
-from moka_jax.train.config import OptimiserConfig
+from moka_jax.train.optimiser import Optimiser
 
 Arrays = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -21,40 +21,33 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that a step changes: the adapter, the optimiser's moments, and the number of finished steps (int32)."""
+    """All that a step changes: the adapter, the optimiser's moments, and three counts (int32).
+
+    Args:
+        step: finished steps, the skipped ones included.
+        skipped: how many of them changed nothing, because loss or gradient was not finite.
+        skipped_in_a_row: how many of the last ones were skipped.
+    """
 
     adapter: nnx.State
     moments: optax.OptState
     step: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """A gradient transformation, clipping included, and the learning rate that it uses at each step."""
-
-    transform: optax.GradientTransformation
-    schedule: optax.Schedule
-
-    def start(self, adapter: nnx.State) -> TrainState:
-        """The state before the first step; holds copies, so that a step may give away its buffers."""
-        adapter = jax.tree.map(jnp.copy, adapter)
-        return TrainState(adapter=adapter, moments=self.transform.init(adapter), step=jnp.zeros((), jnp.int32))
-
-
-def make_optimiser(config: OptimiserConfig, *, steps: int) -> Optimiser:
-    """The optimiser of a run of `steps` steps; see `OptimiserConfig` for the learning rate."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(peak, decay_steps=steps - warmup, alpha=config.final_fraction)
-    else:
-        schedule = optax.constant_schedule(peak)
-    if warmup:
-        # The first step already moves: a warm-up from 0 would waste it.
-        rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.constant_schedule(peak)
-        schedule = optax.join_schedules([rise, schedule], boundaries=[warmup])
-    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return Optimiser(transform=optax.chain(clip, adamw), schedule=schedule)
+def start_state(optimiser: Optimiser, adapter: nnx.State) -> TrainState:
+    """The state before the first step; holds copies, so that a step may give away its buffers."""
+    adapter = jax.tree.map(jnp.copy, adapter)
+    # three arrays, not one thrice: a step donates each
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(
+        adapter=adapter,
+        moments=optimiser.transform.init(adapter),
+        step=step,
+        skipped=skipped,
+        skipped_in_a_row=in_a_row,
+    )
 
 
 def summed_loss(logits: jax.Array, batch: Arrays) -> jax.Array:
@@ -69,7 +62,7 @@ def summed_loss(logits: jax.Array, batch: Arrays) -> jax.Array:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimiser: Optimiser, *, accumulate: int, seed: int
+    graphdef: nnx.GraphDef, optimiser: Optimiser, *, accumulate: int, seed: int, max_skipped_steps: int
 ) -> Callable[[TrainState, nnx.State, Arrays], tuple[TrainState, Metrics]]:
     """The compiled function (state, frozen, batch) -> (state, metrics) of one optimiser step.
 
@@ -78,15 +71,21 @@ def make_train_step(
     so that k micro-batches of b examples give what one of k·b gives. Dropout is a function of seed, step and
     micro-batch alone.
 
+    A step whose loss or gradient norm is not finite is skipped: adapter and moments keep their bits. After more than
+    `max_skipped_steps` of them in a row every further step is skipped, whatever its loss, so that the caller may look
+    at the count late.
+
     Args:
-        graphdef: of `nnx.split(model, MokaParam, ...)`; the model maps tokens (batch, time) to logits.
+        graphdef: of `nnx.split(model, MokaParam, ...)`; the model maps tokens (batch, time) to logits, and takes
+            `positions` and `segments` (batch, time) if the batches have them.
         optimiser: of `make_optimiser`.
         accumulate: micro-batches of a step, the leading axis of the batch.
         seed: of dropout.
 
     Returns:
         A function that gives away the buffers of its first argument. Metrics are scalars: loss, grad_norm (before
-        clipping) and learning_rate in float32, tokens (learned ones) in int32.
+        clipping) and learning_rate in float32, tokens (learned ones) and the state's skipped and skipped_in_a_row
+        in int32.
     """
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Arrays) -> tuple[TrainState, Metrics]:
@@ -100,21 +99,35 @@ def make_train_step(
             def loss_of(adapter: nnx.State) -> jax.Array:
                 model = nnx.merge(graphdef, adapter, frozen)
                 with_dropout_key(model, jax.random.fold_in(step_key, index))
-                return summed_loss(model(micro["tokens"]), micro) * weight
+                return summed_loss(_logits(model, micro), micro) * weight
 
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(state.adapter)), None
 
         nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.adapter))
         (loss, grads), _ = jax.lax.scan(micro_step, nothing, (jnp.arange(accumulate), batch))
+        norm = optax.tree.norm(grads)
+        rate = jnp.asarray(optimiser.schedule(state.step), jnp.float32)
         updates, moments = optimiser.transform.update(grads, state.moments, state.adapter)
+        adapter = optax.apply_updates(state.adapter, jax.tree.map(lambda update: rate * update, updates))
+
+        taken = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.skipped_in_a_row <= max_skipped_steps)
+        adapter, moments = jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old), (adapter, moments), (state.adapter, state.moments)
+        )
+        skipped = state.skipped + jnp.where(taken, 0, 1)
+        in_a_row = jnp.where(taken, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(optimiser.schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            "learning_rate": rate,
             "tokens": tokens,
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
         }
-        adapter = optax.apply_updates(state.adapter, updates)
-        return TrainState(adapter=adapter, moments=moments, step=state.step + 1), metrics
+        state = TrainState(
+            adapter=adapter, moments=moments, step=state.step + 1, skipped=skipped, skipped_in_a_row=in_a_row
+        )
+        return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -124,7 +137,12 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Ar
 
     @jax.jit
     def eval_step(adapter: nnx.State, frozen: nnx.State, batch: Arrays) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, adapter, frozen)(batch["tokens"])
+        logits = _logits(nnx.merge(graphdef, adapter, frozen), batch)
         return summed_loss(logits, batch), jnp.sum(batch["loss_mask"], dtype=jnp.int32)
 
     return eval_step
+
+
+def _logits(model: Any, batch: Arrays) -> jax.Array:
+    """The model's logits; packed batches tell it which tokens belong together."""
+    return model(batch["tokens"], **{name: batch[name] for name in ("positions", "segments") if name in batch})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import re
@@ -10,9 +11,18 @@ from typing import Any
 
 import pytest
 
-import moka_jax.train.config
+import moka_jax.train.overrides
+import moka_jax.train.stopping
 from moka_core import ConfigError
-from moka_jax.train import OptimiserConfig, TrainConfig, merge_overrides, parse_overrides
+from moka_jax.train import (
+    EarlyStopping,
+    OptimiserConfig,
+    Profile,
+    TrainConfig,
+    merge_overrides,
+    parse_overrides,
+)
+from moka_jax.train.optimiser import OPTIONS
 
 YAML = """
 base: models/llama
@@ -98,16 +108,92 @@ def test_a_rate_that_pyyaml_reads_as_text_is_a_number() -> None:
             "optimiser.weight_decay: expected weight_decay >= 0; got -1.0",
         ),
         ({"optimiser": {"learning_rate": 1, "eps": 0}}, "optimiser.eps: expected eps > 0; got 0.0"),
-        ({"optimiser": {"learning_rate": 1, "name": "sgd"}}, "optimiser.name: expected one of adamw; got 'sgd'"),
         (
-            {"optimiser": {"learning_rate": 1, "schedule": "linear"}},
-            "optimiser.schedule: expected one of cosine, constant; got 'linear'",
+            {"optimiser": {"learning_rate": 1, "name": "sgd"}},
+            "optimiser.name: expected one of adamw, lion, adafactor; got 'sgd'",
         ),
+        (
+            {"optimiser": {"learning_rate": 1, "schedule": "step"}},
+            "optimiser.schedule: expected one of cosine, linear, constant; got 'step'",
+        ),
+        (
+            {"optimiser": {"learning_rate": 1, "schedule": "constant", "final_fraction": 0.1}},
+            "optimiser.final_fraction: schedule 'constant' does not read it; leave it out",
+        ),
+        ({"data": {"train": "t", "packing": "yes"}}, "data.packing: expected one of True, False; got 'yes'"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps: expected a whole number >= 0; got -1"),
+        ({"tensorboard": 1}, "tensorboard: expected one of True, False; got 1"),
+        ({"early_stopping": 3}, "early_stopping: expected settings (key: value); got 3"),
+        ({"early_stopping": {}}, "early_stopping: missing patience; needed: patience"),
+        ({"early_stopping": {"patience": 0}}, "early_stopping.patience: expected a whole number >= 1; got 0"),
+        (
+            {"early_stopping": {"patience": 2, "min_delta": -0.5}},
+            "early_stopping.min_delta: expected min_delta >= 0; got -0.5",
+        ),
+        ({"early_stopping": {"patienc": 2}}, "early_stopping: unknown 'patienc' (did you mean 'patience'?)"),
+        (
+            {"early_stopping": {"patience": 2}},
+            "early_stopping: expected data.eval, the examples whose loss it watches; got none; "
+            "name a file of held-out examples, or leave early_stopping out",
+        ),
+        ({"profile": {"start": 0, "steps": 1}}, "profile.start: expected a whole number >= 1; got 0"),
+        ({"profile": {"start": 1, "steps": 0}}, "profile.steps: expected a whole number >= 1; got 0"),
+        ({"profile": {"start": 8, "steps": 4}}, "profile: expected steps up to steps (10); got 8 to 11"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         TrainConfig.from_dict(values(**changes))
+
+
+def test_an_option_that_an_optimiser_does_not_read_is_refused() -> None:
+    """Every option with every optimiser: it is either in the optimiser's table, or an error that names who reads it."""
+    readers = {"b1": "adamw and lion", "b2": "adamw and lion", "eps": "adamw"}
+    for name, options in OPTIONS.items():
+        for option, told in readers.items():
+            settings: dict[str, Any] = {"learning_rate": 1, "name": name, option: 0.5}
+            if option in options:
+                assert getattr(OptimiserConfig(**settings), option) == 0.5
+                continue
+            message = f"optimiser.{option}: {name} does not read it ({told} would); leave it out"
+            with pytest.raises(ConfigError, match=re.escape(message)):
+                OptimiserConfig(**settings)
+
+
+def test_every_optimiser_has_its_own_defaults() -> None:
+    read = {name: OptimiserConfig(learning_rate=1, name=name) for name in ("adamw", "lion", "adafactor")}
+    assert {name: (c.b1, c.b2, c.eps) for name, c in read.items()} == {
+        "adamw": (0.9, 0.999, 1e-8),
+        "lion": (0.9, 0.99, None),
+        "adafactor": (None, None, None),
+    }
+    for config in read.values():  # what was filled in is no option that was given by mistake
+        assert OptimiserConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw_8bit", "lion_8bit", "paged_adamw_32bit", "AdamW8bit"])
+def test_optimisers_of_bitsandbytes_are_refused_with_the_reason(name: Any) -> None:
+    message = (
+        f"optimiser.name: '{name}' is one of bitsandbytes' optimisers, for PyTorch; optax has none with 8-bit or paged "
+        "moments, and those of an adapter are small (AdamW: 8 bytes a trained parameter); "
+        "use one of adamw, lion, adafactor"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        OptimiserConfig(learning_rate=1, name=name)
+
+
+def test_settings_of_their_own_survive_json_and_overrides() -> None:
+    data = {"train": "t", "eval": "e"}
+    changes = {"early_stopping": {"patience": 3, "min_delta": "1e-2"}, "profile": {"start": 2, "steps": 3}}
+    config = TrainConfig.from_dict(values(data=data, **changes))
+    assert config.early_stopping == EarlyStopping(patience=3, min_delta=0.01)
+    assert config.profile == Profile(start=2, steps=3)
+    assert config.profile.last == 4
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    off = merge_overrides(config.to_dict(), parse_overrides(["early_stopping=null", "profile=null"]))
+    assert (TrainConfig.from_dict(off).early_stopping, TrainConfig.from_dict(off).profile) == (None, None)
+    with pytest.raises(ConfigError, match=re.escape("profile: expected Profile or None; got {'start': 1, 'steps': 1}")):
+        dataclasses.replace(config, profile={"start": 1, "steps": 1})  # type: ignore[arg-type]
 
 
 def test_the_values_that_stand_at_a_limit_are_accepted() -> None:
@@ -170,15 +256,27 @@ def test_merging_leaves_its_arguments_alone() -> None:
     assert old == {"data": {"train": "t", "eval": "e"}}
 
 
+PACKED = {"data": {"train": "t", "packing": True}}
+
+
 def test_meaning_leaves_out_cadence_and_places_but_not_what_decides_the_adapter() -> None:
     config = TrainConfig.from_dict(values())
     same = TrainConfig.from_dict(
         values(
-            output="p", eval_every=3, checkpoint_every=3, keep_checkpoints=9, log_every=5, data={"train": "elsewhere"}
+            output="p",
+            eval_every=3,
+            checkpoint_every=3,
+            keep_checkpoints=9,
+            log_every=5,
+            max_skipped_steps=0,
+            tensorboard=True,
+            profile={"start": 1, "steps": 1},
+            early_stopping={"patience": 1},
+            data={"train": "elsewhere", "eval": "there"},
         )
     )
     assert config.meaning() == same.meaning()
-    for changes in ({"seed": 1}, {"steps": 11}, {"batch_size": 3}, {"eval_batches": 4}, {"adapter": {"r": 5}}):
+    for changes in ({"seed": 1}, {"steps": 11}, {"batch_size": 3}, {"eval_batches": 4}, {"adapter": {"r": 5}}, PACKED):
         assert TrainConfig.from_dict(values(**changes)).meaning() != config.meaning(), changes
 
 
@@ -189,8 +287,9 @@ def test_a_constant_rate_does_not_depend_on_the_number_of_steps() -> None:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(moka_jax.train.config).failed == 0
-    assert doctest.testmod(moka_jax.train.config).attempted == 1
+    for module, examples in ((moka_jax.train.overrides, 1), (moka_jax.train.stopping, 3)):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted) == (0, examples)
 
 
 def test_how_the_adapter_is_computed_is_no_part_of_what_a_run_means() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from moka_core import DataError
-from moka_jax.train.data import Dataset, Example, collate, eval_batches, load_dataset, train_batches
+from moka_jax.train.batches import collate, eval_batches, train_batches
+from moka_jax.train.data import Dataset, Example, load_dataset
 from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer, write_data, write_lines
 
 

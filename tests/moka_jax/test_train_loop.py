@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,53 +30,32 @@ from moka_jax.train import (
     read_metrics,
     train,
 )
-from moka_jax.train.data import eval_batches
+from moka_jax.train.batches import eval_batches
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
 from tests.moka_jax.train_toys import (
     ToyModel,
     arrays,
+    assert_same_end,
     make_config,
     make_model,
     make_tokenizer,
     quick_compilation,
+    run,
     write_lines,
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
         yield
-
-
-def run(
-    folder: Path, on_step: Callable[..., None] | None = None, *, model: ToyModel | None = None, **changes: Any
-) -> tuple[TrainResult, ToyModel, str]:
-    """The result of a run, its model, and what it printed."""
-    folder.mkdir(exist_ok=True)
-    model = make_model() if model is None else model
-    console = Console(file=io.StringIO(), width=40)
-    result = train(model, make_tokenizer(), make_config(folder, **changes), on_step=on_step, console=console)
-    return result, model, console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, ToyModel, str]:
     """A run that was never stopped."""
     return run(tmp_path_factory.mktemp("whole"))
-
-
-def losses(path: Path) -> list[tuple[Any, ...]]:
-    """Every record without what depends on the clock."""
-    names = ("kind", "step", "loss", "learning_rate", "grad_norm", "tokens")
-    return [tuple(record.get(name) for name in names) for record in read_metrics(path)]
-
-
-def assert_same_end(one: tuple[TrainResult, ToyModel, str], other: tuple[TrainResult, ToyModel, str]) -> None:
-    assert losses(one[0].metrics) == losses(other[0].metrics)
-    for a, b in zip(arrays(nnx.state(one[1])), arrays(nnx.state(other[1])), strict=True):
-        assert np.array_equal(a, b)
 
 
 def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, ToyModel, str]) -> None:
@@ -100,7 +79,9 @@ def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, Toy
     assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(records[3])
     seconds = [record["seconds"] for record in records[2:]]
     assert seconds == sorted(seconds)
-    assert sorted(path.name for path in result.checkpoints.iterdir()) == ["4", "7"]
+    # after steps 3 and 6, too, the held-out loss was the lowest so far
+    assert sorted(path.name for path in result.checkpoints.iterdir()) == ["6", "7"]
+    assert (result.best_step, result.stopped_early, result.skipped) == (7, False, 0)
     lines = printed.splitlines()  # plain lines, not wrapped at the console's 40 columns
     assert "train.jsonl: 13 examples, 201 of 581 tokens learned, longest 60, 0 cut at data.max_length 96" in lines[0]
     assert any(line.startswith("step 5/7  loss ") and "tokens/s" in line and "left 0:" in line for line in lines)
@@ -132,7 +113,7 @@ def test_interrupted_and_resumed_it_ends_the_same(tmp_path: Path, whole: tuple[T
     handler = signal.getsignal(signal.SIGINT)
     result, _, printed = run(tmp_path, press)
     assert (result.step, result.interrupted) == (5, True)
-    assert "press Ctrl-C again to stop at once" in printed
+    assert "stopping after this step; press Ctrl-C again, or repeat the signal, to stop at once" in printed
     assert "interrupted: checkpoint of step 5 saved; start again to go on from there" in printed
     assert signal.getsignal(signal.SIGINT) is handler
     resumed = run(tmp_path, model=make_model(seed=4))  # the checkpoint's adapter, not this one, must win
@@ -179,14 +160,20 @@ def test_a_keyboard_interrupt_from_the_hook_stops_cleanly_during_an_evaluation(
     assert_same_end(run(tmp_path), whole)
 
 
-def test_the_second_signal_stops_at_once() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)],
+)
+def test_the_second_signal_stops_at_once(first: signal.Signals, second: signal.Signals) -> None:
     asked = []
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interrupt(lambda: asked.append(1)) as interrupt:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         assert interrupt.requested
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(second)
     assert asked == [1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_outside_of_the_main_thread_no_handler_is_set() -> None:
@@ -276,15 +263,11 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
         run(tmp_path, model=make_model(vocabulary=100))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+def test_a_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     model = make_model()
-    state = nnx.state(model, MokaParam)
-    nnx.update(model, jax.tree.map(lambda leaf: leaf * jnp.inf, state))
-    with pytest.raises(TrainingError, match=r"step 1: loss is nan; lower optimiser.learning_rate"):
-        run(tmp_path, model=model, data={"eval": None})
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    with pytest.raises(TrainingError, match=r"step 0: the held-out loss is nan"):
-        run(tmp_path / "held", model=model)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * jnp.inf, nnx.state(model, MokaParam)))
+    with pytest.raises(TrainingError, match=r"step 0: the held-out loss is nan; lower optimiser.learning_rate"):
+        run(tmp_path, model=model)
 
 
 def test_evaluation_weighs_tokens_and_not_batches(whole: tuple[TrainResult, ToyModel, str]) -> None:
@@ -340,7 +323,7 @@ def test_a_number_that_is_not_finite_is_no_metric(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"kind": "train", "step": 1}\n{oops}\n', "m.jsonl:2: not valid JSON: .*; delete that line"),
-        ('{"kind": "tram", "step": 1}\n', "m.jsonl:1: expected an object with a kind of data, train, eval and a step"),
+        ('{"kind": "tram", "step": 1}\n', "m.jsonl:1: expected an object with a kind of data, train, skip"),
         ('{"kind": "train"}\n', "m.jsonl:1: expected an object with a kind"),
         ("[1]\n", "m.jsonl:1: expected an object"),
         ('{"kind": "train", "step": 1}', "m.jsonl:1: the last line is cut off; resume the run, or delete that line"),
@@ -374,5 +357,5 @@ def test_the_config_is_readable_in_the_checkpoint(whole: tuple[TrainResult, ToyM
     result = whole[0]
     saved = json.loads((result.checkpoints / "7" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert saved["config"]["steps"] == 7
-    assert saved["format_version"] == 1
+    assert saved["format_version"] == 2
     assert MokaConfig.from_dict({k: v for k, v in saved["config"]["adapter"].items() if k != "preset"}) == MokaConfig()

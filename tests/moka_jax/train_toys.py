@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-from collections.abc import Iterator
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moka_core import MokaConfig
+from moka_core import MokaConfig, MokaError
 from moka_jax import MokaParam, attach
-from moka_jax.train import TrainConfig
+from moka_jax.train import TrainConfig, TrainResult, read_metrics, train
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -62,15 +67,39 @@ class ToyModel(nnx.Module):
         return self.head(x + jnp.tanh(self.q_proj(x)))
 
 
-def make_model(*, vocabulary: int = 261, dropout: float = 0.1, seed: int = 0) -> ToyModel:
-    """A toy model with an adapter that is non-zero everywhere."""
-    model = ToyModel(vocabulary)
+class PackableModel(ToyModel):
+    """The same, of the tokens before in the same segment; a token's position moves it a little."""
+
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        segments = jnp.zeros_like(tokens) if segments is None else segments
+        x = self.embed(tokens) + 0.1 * jnp.sin(positions)[..., None]
+        time = jnp.arange(tokens.shape[1])
+        seen = (segments[:, :, None] == segments[:, None, :]) & (time[:, None] >= time)
+        x = x + jnp.tanh(self.v_proj(seen @ x / seen.sum(-1, keepdims=True)))
+        return self.head(x + jnp.tanh(self.q_proj(x)))
+
+
+def make_model(
+    *, vocabulary: int = 261, dropout: float = 0.1, seed: int = 0, kind: type[ToyModel] = ToyModel
+) -> ToyModel:
+    """A toy model with an adapter that is non-zero everywhere.
+
+    NumPy draws the numbers: those of JAX differ in the last bit with how they are compiled, so between processes.
+    """
+    model = kind(vocabulary)
     attach(model, MokaConfig(r=3, num_shapes=2, dropout=dropout, target_modules=("q_proj",)), seed=seed)
-    state = nnx.state(model, MokaParam)
-    rng = np.random.default_rng(seed + 1)
-    nnx.update(
-        model, jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), state)
-    )
+    for kind_of, scale, rng in (
+        (nnx.Not(MokaParam), 0.3, np.random.default_rng(7)),
+        (MokaParam, 0.3, np.random.default_rng(seed + 1)),
+    ):
+        drawn = jax.tree.map(
+            lambda leaf, scale=scale, rng=rng: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype),
+            nnx.state(model, kind_of),
+        )
+        nnx.update(model, drawn)
     return model
 
 
@@ -107,6 +136,46 @@ def make_config(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig.from_dict(values)
 
 
+def poison(model: ToyModel) -> ToyModel:
+    """The model, which now computes NaN for every text with a "~" in it."""
+    token = make_tokenizer().convert_tokens_to_ids("~")
+    model.embed.embedding[...] = model.embed.embedding[...].at[token].set(jnp.nan)
+    return model
+
+
+def write_poisoned_data(folder: Path) -> str:
+    """The examples of `write_data`, and one with a "~"."""
+    learn = [json.loads(line) for line in Path(write_data(folder)[0]).read_text().splitlines()]
+    return write_lines(folder / "poisoned.jsonl", [*learn, {"prompt": "count", "completion": "1 ~ 2"}])
+
+
+Ended = tuple[TrainResult, ToyModel, str]
+
+
+def run(
+    folder: Path, on_step: Callable[..., None] | None = None, *, model: ToyModel | None = None, **changes: Any
+) -> Ended:
+    """The result of a run, its model, and what it printed."""
+    folder.mkdir(exist_ok=True)
+    model = make_model() if model is None else model
+    console = Console(file=io.StringIO(), width=40)
+    result = train(model, make_tokenizer(), make_config(folder, **changes), on_step=on_step, console=console)
+    return result, model, console.file.getvalue()
+
+
+def losses(path: Path) -> list[tuple[Any, ...]]:
+    """Every record without what depends on the clock."""
+    names = ("kind", "step", "loss", "learning_rate", "grad_norm", "tokens", "reason", "skipped")
+    return [tuple(record.get(name) for name in names) for record in read_metrics(path)]
+
+
+def assert_same_end(one: Ended, other: Ended) -> None:
+    """The same records, clocks apart, and the same bits."""
+    assert losses(one[0].metrics) == losses(other[0].metrics)
+    for a, b in zip(arrays(nnx.state(one[1])), arrays(nnx.state(other[1])), strict=True):
+        assert a.tobytes() == b.tobytes()  # NaN included
+
+
 @contextlib.contextmanager
 def quick_compilation(folder: Path) -> Iterator[None]:
     """Compile without optimising, and once: compiled functions are kept in a folder for the same run in other tests."""
@@ -130,3 +199,46 @@ def quick_compilation(folder: Path) -> Iterator[None]:
 def arrays(state: Any) -> list[np.ndarray]:
     """Copies of all arrays of a state, in order."""
     return [np.array(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _process(folder: Path, compiled: Path, mode: str) -> None:
+    """A run in a process of its own, whose end is told in JSON; for what must not be done to the tests' process.
+
+    "slow": every step takes a while. "stuck": step 2 never ends. "full": the disk, or what a file may grow to, is full;
+    first for the metrics of step 6, then, in the folder "checkpoint", for the checkpoint of step 7.
+    """
+
+    def on_step(step: int, *_: Any) -> None:
+        print(f"step {step}", flush=True)
+        if mode == "slow":
+            time.sleep(0.2)
+        if mode == "stuck" and step == 2:
+            time.sleep(60)
+        if mode == "full" and step == 5:
+            metrics = folder / "run" / "metrics.jsonl"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 20, resource.RLIM_INFINITY))
+
+    def fill_up(step: int, *_: Any) -> None:
+        if step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    with quick_compilation(compiled):
+        if mode != "full":
+            result, _, printed = run(folder, on_step)
+            print(json.dumps({"step": result.step, "interrupted": result.interrupted, "printed": printed}), flush=True)
+            return
+        told = []
+        for where, hook, changes in (
+            (folder, on_step, {}),
+            (folder / "checkpoint", fill_up, {"data": {"eval": None}, "log_every": 7}),
+        ):
+            try:
+                run(where, hook, **changes)
+            except MokaError as error:
+                told.append({"type": type(error).__name__, "message": str(error)})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    _process(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
