@@ -20,7 +20,7 @@ from moka_cli.demo_data import write_splits
 from moka_cli.generate import prompt_tokens, stop_tokens
 from moka_cli.parity import check, parity_table
 from moka_cli.pictures import plot_gates
-from moka_cli.train import attach_fresh, load_model, load_tokenizer
+from moka_cli.train import attach_fresh, load_run_model, load_tokenizer
 from moka_core import Adapter, ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _train(
     config = demo_config(output, steps)
     tokenizer = load_tokenizer(config.base)
     with console.status("loading and quantising"):
-        model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
+        model = load_run_model(config)
     kept = output / "run" / "before.json"
     questions = _questions(Path(config.data.eval or ""))
     before = json.loads(kept.read_text()) if kept.is_file() else {}

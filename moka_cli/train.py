@@ -39,9 +39,12 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
 def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     """Load the base, attach the adapter, and train it or go on with the run in `config.output`."""
     from moka_jax.train import train
+    from moka_jax.train.processes import is_first, start_processes
 
+    start_processes()
+    console.quiet = not is_first()
     with console.status(f"loading {config.base}"):
-        model = load_model(config.base, quantise=config.quantise, dtype=config.dtype, remat=config.remat)
+        model = load_run_model(config)
         tokenizer = load_tokenizer(config.base)
     context = model.config.max_position_embeddings
     if config.data.max_length > context:
@@ -107,6 +110,18 @@ def attach_fresh(model: Llama, config: TrainConfig) -> None:
     from moka_jax import attach
 
     attach(model, config.adapter.moka_config(model.architecture), seed=config.seed)
+
+
+def load_run_model(config: TrainConfig) -> Llama:
+    """The base model of a run, on the devices of its mesh."""
+    import jax.numpy as jnp
+
+    from conversion import open_base
+    from moka_jax.llama import load_llama
+
+    opened = open_base(config.base, quantise=config.quantise)
+    layout = None if config.mesh is None else config.mesh.layout()
+    return load_llama(opened, dtype=jnp.dtype(config.dtype), remat=config.remat, attend=config.attend, layout=layout)
 
 
 def load_model(base: str | Path, *, quantise: str, dtype: str = "float32", remat: bool = True) -> Llama:

@@ -111,6 +111,13 @@ class Layout:
         """`spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
+    def trained(self, shape: Sequence[int]) -> NamedSharding:
+        """Of an array of the adapter or its optimiser: on every device, or its rows over fsdp with `shard_adapter`."""
+        size = self.mesh.shape["fsdp"]
+        if self.shard_adapter and len(shape) >= 2 and size > 1 and shape[-2] % size == 0:
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * (len(shape) - 2), "fsdp"))
+        return self.replicated
+
     def used(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
         """Where an array is when it is used: gathered over fsdp."""
         return NamedSharding(self.mesh, _without_fsdp(self.spec(axes, shape)))

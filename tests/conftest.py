@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # for the tests that shard
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for the tests that shard
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from moka_core import MokaError
+from moka_jax.sharding import place
+from moka_jax.train.processes import is_first, wait_for_all, whole
 from moka_jax.train.step import TrainState
 
 FORMAT_VERSION = 2
@@ -159,8 +160,10 @@ def restore(
             damaged[step] = str(problem)
             continue
         damaged |= {older: why for older in steps if older < step and (why := _unreadable(folder / str(older)))}
-        for bad in damaged:
+        wait_for_all("every process has read the checkpoints")
+        for bad in damaged if is_first() else ():
             _set_aside(folder / str(bad))
+        wait_for_all("damaged checkpoints are set aside")
         return Restored(state=state, damaged=damaged)
     if damaged:
         listed = "\n  ".join(f"{step}: {why}" for step, why in damaged.items())
@@ -215,7 +218,7 @@ def digest_of(tree: Any) -> str:
     """SHA-256 of every array of a tree, with its path, dtype and shape."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = whole(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -238,7 +241,7 @@ def _load(
         raise DamageError(first_line(error)) from error
 
     def count(value: int, like: jax.Array) -> jax.Array:
-        return jax.device_put(jnp.int32(value), like.sharding)
+        return place(np.asarray(value, np.int32), like.sharding)
 
     state = replace(
         like,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from moka_core import PRESETS, Architecture, ConfigError, MokaConfig, preset
 from moka_core.config import RUNTIME_FIELDS, check_keys, field_values
+from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train.checks import (
     check_choice,
     check_path,
@@ -23,6 +24,7 @@ from moka_jax.train.overrides import merge_overrides, parse_overrides, read_yaml
 
 Quantise = Literal["nf4-double", "nf4", "none"]
 Dtype = Literal["float32", "bfloat16"]
+Attend = Literal["xla", "cudnn"]
 
 # What may differ between a checkpoint and the run that resumes it: where files are, how often something is done, what
 # is shown, and when to stop. (That the base model is the same one is seen from its fingerprint, not from its folder.)
@@ -37,6 +39,8 @@ FREE_FIELDS = (
     "max_skipped_steps",
     "tensorboard",
     "profile",
+    "mesh",
+    "attend",
 )
 
 
@@ -166,6 +170,37 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Over how many devices a run is spread: data·fsdp·tensor, of all processes.
+
+    Args:
+        data: the batch is split over them; each holds the whole model.
+        fsdp: the batch is split over them, and so are the frozen weights, which are gathered layer by layer, packed.
+        tensor: the products of a layer are split over them, weights included; nothing of a weight is gathered.
+        shard_adapter: split the adapter and its optimiser over fsdp, too; they are small.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    shard_adapter: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            check_whole(f"mesh.{name}", getattr(self, name), least=1)
+        check_choice("mesh.shard_adapter", self.shard_adapter, (True, False))
+
+    def layout(self) -> Layout:
+        """The mesh, made of the devices that there are.
+
+        Raises:
+            ConfigError: see `make_mesh`.
+        """
+        mesh = make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        return Layout(mesh, shard_adapter=self.shard_adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a run: with the same config, data and base, the same adapter comes out, bit for bit.
 
@@ -180,6 +215,9 @@ class TrainConfig:
         quantise: "nf4-double", "nf4" or "none", for the base weights.
         dtype: "float32" or "bfloat16", of the computation.
         remat: recompute each layer's inside in the backward pass: less memory, a third more work.
+        attend: how attention is computed, "xla" or, on NVIDIA GPUs in bfloat16, "cudnn".
+        mesh: the devices to spread the run over; None for one. Sums are then taken in another order, so that a run is
+            bit-equal to another one on the same mesh only.
         adapter: preset and overrides.
         eval_every: steps between evaluations; the first is before step 1, the last after the final step.
         eval_batches: batches of one evaluation; None for the whole held-out set.
@@ -209,6 +247,8 @@ class TrainConfig:
     quantise: Quantise = "nf4-double"
     dtype: Dtype = "bfloat16"
     remat: bool = True
+    attend: Attend = "xla"
+    mesh: MeshConfig | None = None
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     eval_every: int = 100
     eval_batches: int | None = None
@@ -227,6 +267,7 @@ class TrainConfig:
         check_choice("quantise", self.quantise, ("nf4-double", "nf4", "none"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("remat", self.remat, (True, False))
+        check_choice("attend", self.attend, ("xla", "cudnn"))
         for name in ("steps", "batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_checkpoints"):
             check_whole(name, getattr(self, name), least=1)
         check_whole("log_every", self.log_every, least=1)
@@ -319,4 +360,4 @@ class TrainConfig:
         }
 
 
-_OPTIONAL: dict[str, type] = {"early_stopping": EarlyStopping, "profile": Profile}
+_OPTIONAL: dict[str, type] = {"mesh": MeshConfig, "early_stopping": EarlyStopping, "profile": Profile}

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 
 from moka_core import ConfigError, DataError, MokaError
 from moka_jax.linear import MokaParam
+from moka_jax.sharding import Layout, place
 from moka_jax.train.batches import Batch, eval_batches, train_batches
 from moka_jax.train.checkpoint import CheckpointError, Checkpoints, checkpoint_steps, restore
 from moka_jax.train.clock import Clock
@@ -25,7 +27,8 @@ from moka_jax.train.data import Dataset, load_dataset
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
 from moka_jax.train.optimiser import make_optimiser
-from moka_jax.train.preflight import check_packing, check_vocabulary
+from moka_jax.train.preflight import check_batch, check_packing, check_vocabulary
+from moka_jax.train.processes import any_process, is_first
 from moka_jax.train.profiler import Profiler
 from moka_jax.train.report import Report
 from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_train_step, start_state
@@ -116,6 +119,10 @@ def train(
 
     optimiser = make_optimiser(config.optimiser, steps=config.steps)
     state = start_state(optimiser, adapter)
+    layout: Layout | None = getattr(model, "layout", None)
+    if layout is not None:
+        check_batch(config.batch_size, layout)
+        state = jax.tree.map(lambda leaf: place(np.asarray(leaf), layout.trained(leaf.shape)), state)
     batches = train_batches(
         learn,
         batch_size=config.batch_size,
@@ -140,15 +147,17 @@ def train(
                 f"{output / 'checkpoints' / str(resumed_from)}: expected a step up to steps: {config.steps}; "
                 "raise steps, or use another output folder"
             )
-    log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from)
+    log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from, write=is_first())
     if config.early_stopping is not None and resumed_from and log.last("eval") is None:
         raise DataError(
             f"{log.path}: expected the held-out losses up to step {resumed_from}, which early stopping compares with; "
             "there are none; put the file back, or leave early_stopping out"
         )
     with contextlib.ExitStack() as stack:
+        if layout is not None:
+            stack.enter_context(jax.set_mesh(layout.mesh))
         board = None
-        if config.tensorboard:
+        if config.tensorboard and is_first():
             first_step = 0 if resumed_from is None else resumed_from + 1
             board = stack.enter_context(TensorBoard(output / "tensorboard", first_step=first_step))
         run = _Run(
@@ -159,9 +168,11 @@ def train(
                 accumulate=config.accumulate,
                 seed=config.seed,
                 max_skipped_steps=config.max_skipped_steps,
+                layout=layout,
             ),
             eval_step=make_eval_step(graphdef),
             frozen=frozen,
+            layout=layout,
             held_out=held_out,
             batches=batches,
             checkpoints=stack.enter_context(
@@ -171,7 +182,9 @@ def train(
             ),
             log=log,
             board=board,
-            report=stack.enter_context(Report(console or Console(), steps=config.steps, done=int(state.step))),
+            report=stack.enter_context(
+                Report(console or Console(quiet=not is_first()), steps=config.steps, done=int(state.step))
+            ),
             profiler=stack.enter_context(Profiler(config.profile, output / "profile")),
         )
         run.announce(learn, resumed_from, {} if restored is None else restored.damaged)
@@ -202,6 +215,7 @@ class _Run:
     train_step: Callable[[TrainState, nnx.State, Arrays], tuple[TrainState, Metrics]]
     eval_step: Callable[[nnx.State, nnx.State, Arrays], tuple[jax.Array, jax.Array]]
     frozen: nnx.State
+    layout: Layout | None
     held_out: Dataset | None
     batches: grain.DatasetIterator[Batch]
     checkpoints: Checkpoints
@@ -253,7 +267,7 @@ class _Run:
                         self._evaluate(step, state, clock, interrupt)
                         best, gains_nothing = self.standing()
                     ended = step == config.steps or gains_nothing
-                    stop = interrupt.requested
+                    stop = any_process(interrupt.requested)
                     if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
                         self._check_skipped(step, metrics)
                         self.checkpoints.save(state, self.batches, best=best)
@@ -267,7 +281,7 @@ class _Run:
                 batch = next(self.batches)
                 step += 1
                 with self.profiler.step(step):
-                    state, metrics = self.train_step(state, self.frozen, _place(batch))
+                    state, metrics = self.train_step(state, self.frozen, self._place(batch, axis=1))
                 clock.count(int(batch["lengths"].sum()))
                 if step % config.log_every == 0 or step == config.steps:
                     self._record(step, metrics, clock)
@@ -294,9 +308,9 @@ class _Run:
         assert self.held_out is not None
         loss, tokens = 0.0, 0
         for batch in eval_batches(self.held_out, batch_size=self.config.batch_size, limit=self.config.eval_batches):
-            if interrupt.requested:
+            if any_process(interrupt.requested):
                 return
-            summed, count = self.eval_step(state.adapter, self.frozen, _place(batch))
+            summed, count = self.eval_step(state.adapter, self.frozen, self._place(batch, axis=0))
             loss, tokens = loss + float(summed), tokens + int(count)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the held-out loss is {loss}; {_WAY_OUT}; checkpoints stay")
@@ -343,6 +357,12 @@ class _Run:
             + (f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet")
         )
 
+    def _place(self, batch: Batch, *, axis: int) -> Arrays:
+        """The arrays of a batch on the devices, the examples along `axis`; the one place where batches are spread."""
+        if self.layout is None:
+            return {name: jnp.asarray(array) for name, array in batch.items()}
+        return {name: place(array, self.layout.batch(axis)) for name, array in batch.items()}
+
     def _write(self, record: Mapping[str, Any]) -> None:
         """Write a record to all files of metrics."""
         try:
@@ -372,11 +392,6 @@ def _reason(loss: float, norm: float) -> str:
     if not math.isfinite(loss):
         return f"loss is {loss}"
     return f"gradient norm is {norm}" if not math.isfinite(norm) else "too many steps before it were skipped"
-
-
-def _place(batch: Batch) -> Arrays:
-    """The arrays of a batch on the device; the one place where batches are distributed."""
-    return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def _load(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Dataset:

@@ -35,17 +35,21 @@ class MetricsLog:
     Args:
         path: the file.
         resume_from: keep the lines of steps up to this one; None starts the file anew.
+        write: False keeps the records in memory only, for the processes of a run that write nothing.
 
     Raises:
         DataError: a line that should be kept is no metrics record, or the file cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume_from: int | None) -> None:
+    def __init__(self, path: Path, *, resume_from: int | None, write: bool = True) -> None:
         self.path = path
+        self._writes = write
         kept = []
         if resume_from is not None and path.exists():
             kept = [r for r in read_metrics(path, allow_cut_end=True) if r["step"] <= resume_from]
         self.records: list[dict[str, Any]] = kept
+        if not write:
+            return
         fresh = path.with_name(path.name + ".new")
         try:
             fresh.write_text("".join(_line(record) for record in kept), encoding="utf-8")
@@ -62,8 +66,9 @@ class MetricsLog:
             OSError: the disk is full, or the like; part of the line may stand in the file.
         """
         line = _line(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        if self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
         self.records.append(dict(record))
 
     def last(self, kind: str) -> dict[str, Any] | None:

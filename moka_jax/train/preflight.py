@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moka_core import ConfigError, DataError
+from moka_jax.sharding import Layout
 from moka_jax.train.batches import LENGTH_MULTIPLE
 from moka_jax.train.data import Dataset
+
+
+def check_batch(batch_size: int, layout: Layout) -> None:
+    """Every device has to have as many examples as the others."""
+    if batch_size % layout.batch_shards:
+        raise ConfigError(
+            f"batch_size: expected a multiple of mesh.data · mesh.fsdp, {layout.batch_shards}; got {batch_size}"
+        )
 
 
 def check_packing(model: nnx.Module) -> None:

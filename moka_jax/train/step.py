@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from moka_jax.linear import with_dropout_key
+from moka_jax.sharding import Layout
 from moka_jax.train.optimiser import Optimiser
 
 Arrays = Mapping[str, jax.Array]
@@ -62,7 +63,13 @@ def summed_loss(logits: jax.Array, batch: Arrays) -> jax.Array:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimiser: Optimiser, *, accumulate: int, seed: int, max_skipped_steps: int
+    graphdef: nnx.GraphDef,
+    optimiser: Optimiser,
+    *,
+    accumulate: int,
+    seed: int,
+    max_skipped_steps: int,
+    layout: Layout | None = None,
 ) -> Callable[[TrainState, nnx.State, Arrays], tuple[TrainState, Metrics]]:
     """The compiled function (state, frozen, batch) -> (state, metrics) of one optimiser step.
 
@@ -81,6 +88,7 @@ def make_train_step(
         optimiser: of `make_optimiser`.
         accumulate: micro-batches of a step, the leading axis of the batch.
         seed: of dropout.
+        layout: of the mesh that the arrays are spread over, if they are.
 
     Returns:
         A function that gives away the buffers of its first argument. Metrics are scalars: loss, grad_norm (before
@@ -127,6 +135,8 @@ def make_train_step(
         state = TrainState(
             adapter=adapter, moments=moments, step=state.step + 1, skipped=skipped, skipped_in_a_row=in_a_row
         )
+        if layout is not None:  # a compiler would be free to leave the new state elsewhere than the old one
+            state = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, layout.trained(a.shape)), state)
         return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
