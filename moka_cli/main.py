@@ -53,6 +53,9 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as key.sub=value.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what memory each part will take, load nothing, and stop.")
+    ] = False,
 ) -> None:
     """Train an adapter in JAX, or go on with a run that was stopped.
 
@@ -61,9 +64,9 @@ def train(
     A config has at least: base (a model folder), output, data.train (JSON lines with prompt/completion, messages or
     text), optimiser.learning_rate, steps and batch_size. An unknown key is an error, with the nearest known one.
     """
-    from moka_cli.train import run_train
+    from moka_cli.train import run_dry, run_train
 
-    run_train(config, overrides or [])
+    (run_dry if dry_run else run_train)(config, overrides or [])
 
 
 @app.command()

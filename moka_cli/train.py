@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 from moka_core import ConfigError, ModelError
 
@@ -36,12 +37,33 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
     )
 
 
+def run_dry(config_file: Path, overrides: list[str]) -> None:
+    """Tell what memory a run will take on each device, and refuse one that cannot fit; nothing is loaded or written."""
+    from moka_jax.train import TrainConfig
+    from moka_jax.train.memory import GIGA, plan_memory
+
+    config = TrainConfig.from_yaml(config_file, overrides)
+    console = Console()
+    with console.status("planning"):
+        plan = plan_memory(abstract_run_model(config), config)
+    table = Table("on each device", "GB", title=f"{config.base} on {plan.devices} x {plan.device}")
+    for name, size in plan.parts.items():
+        table.add_row(name, f"{size / GIGA:.3f}")
+    table.add_section()
+    table.add_row("together", f"{plan.total / GIGA:.3f}")
+    table.add_row("there is", "unknown" if plan.capacity is None else f"{plan.capacity / GIGA:.3f}")
+    console.print(table)
+    plan.check()
+
+
 def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     """Load the base, attach the adapter, and train it or go on with the run in `config.output`."""
     from moka_jax.train import train
+    from moka_jax.train.memory import plan_weights
     from moka_jax.train.processes import is_first, start_processes
 
     start_processes()
+    plan_weights(abstract_run_model(config)).check()
     console.quiet = not is_first()
     with console.status(f"loading {config.base}"):
         model = load_run_model(config)
@@ -114,14 +136,27 @@ def attach_fresh(model: Llama, config: TrainConfig) -> None:
 
 def load_run_model(config: TrainConfig) -> Llama:
     """The base model of a run, on the devices of its mesh."""
-    import jax.numpy as jnp
-
     from conversion import open_base
     from moka_jax.llama import load_llama
 
-    opened = open_base(config.base, quantise=config.quantise)
+    return load_llama(open_base(config.base, quantise=config.quantise), **_model_options(config))
+
+
+def abstract_run_model(config: TrainConfig) -> Llama:
+    """The same with shapes in place of weights, and the adapter that the run starts from."""
+    from conversion import open_base
+    from moka_jax.llama.load import abstract_llama
+
+    model = abstract_llama(open_base(config.base, quantise=config.quantise), **_model_options(config))
+    attach_fresh(model, config)
+    return model
+
+
+def _model_options(config: TrainConfig) -> dict[str, Any]:
+    import jax.numpy as jnp
+
     layout = None if config.mesh is None else config.mesh.layout()
-    return load_llama(opened, dtype=jnp.dtype(config.dtype), remat=config.remat, attend=config.attend, layout=layout)
+    return {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "attend": config.attend, "layout": layout}
 
 
 def load_model(base: str | Path, *, quantise: str, dtype: str = "float32", remat: bool = True) -> Llama:

@@ -1,7 +1,7 @@
 """Training of adapters: examples, steps, checkpoints, metrics and the loop over them, for any NNX model."""
 
 from moka_jax.train.checkpoint import CheckpointError
-from moka_jax.train.config import AdapterSettings, DataConfig, EarlyStopping, Profile, TrainConfig
+from moka_jax.train.config import AdapterSettings, DataConfig, EarlyStopping, MeshConfig, Profile, TrainConfig
 from moka_jax.train.data import Dataset, Example, load_dataset
 from moka_jax.train.loop import TrainingError, TrainResult, train
 from moka_jax.train.metrics import plot_losses, read_metrics
@@ -17,6 +17,7 @@ __all__ = [
     "Dataset",
     "EarlyStopping",
     "Example",
+    "MeshConfig",
     "OptimiserConfig",
     "Profile",
     "TrainConfig",
