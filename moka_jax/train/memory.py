@@ -85,7 +85,7 @@ def plan_memory(model: nnx.Module, config: TrainConfig) -> MemoryPlan:
     if layout is not None:
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.trained(a.shape)), state)
     batch = _largest_batch(config, layout)
-    step = make_train_step(
+    step: Any = make_train_step(
         graphdef,
         optimiser,
         accumulate=config.accumulate,
