@@ -14,7 +14,7 @@ from moka_core import ConfigError
 from moka_jax import MokaParam, attach
 from moka_jax.llama import load_llama
 from moka_jax.llama.load import abstract_llama
-from moka_jax.train import DataConfig, MeshConfig, OptimiserConfig, TrainConfig
+from moka_jax.train import AdapterSettings, DataConfig, MeshConfig, OptimiserConfig, TrainConfig
 from moka_jax.train.memory import plan_memory, plan_weights
 from tests.tiny import save_tiny_llama
 
@@ -31,6 +31,7 @@ def config(tmp_path_factory):
         batch_size=4,
         accumulate=2,
         dtype="float32",
+        adapter=AdapterSettings(overrides={"r": 2, "num_shapes": 1, "dropout": 0.0}),  # less to compile
     )
 
 
