@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.harness import note
 
 STEPS = 120
@@ -70,32 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(root: Path) -> Path:
     from tests.moka_jax.train_toys import make_tokenizer
-    from tests.tiny import save_tiny_llama
+    from tests.tiny import save_tiny_llama, write_run
 
     save_tiny_llama(root / "base", vocab_size=320, max_position_embeddings=128)
     make_tokenizer().save_pretrained(root / "base")
-    for name, count in (("train", 96), ("eval", 24)):
-        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "base": str(root / "base"),
-        "output": "given",
-        "dtype": "float32",
-        "data": {
-            "train": str(root / "train.jsonl"),
-            "eval": str(root / "eval.jsonl"),
-            "max_length": 96,
-            "packing": True,
-        },
-        "optimiser": {"learning_rate": 0.01},
-        "adapter": {"dropout": 0.1},
-        "steps": STEPS,
-        "batch_size": 4,
-        "eval_every": 5,
-        "checkpoint_every": 3,
-    }
-    (root / "run.yaml").write_text(yaml.safe_dump(settings))
-    return root / "run.yaml"
+    steps = {"steps": STEPS, "batch_size": 4, "eval_every": 5, "checkpoint_every": 3}
+    data, adapter = {"packing": True}, {"dropout": 0.1}
+    return write_run(root, root / "base", train=96, eval=24, data=data, adapter=adapter, **steps)
 
 
 def _start(config: Path, output: Path) -> subprocess.Popen[str]:

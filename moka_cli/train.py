@@ -63,16 +63,17 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     from moka_jax.train.processes import is_first, start_processes
 
     start_processes()
-    plan_weights(abstract_run_model(config)).check()
-    console.quiet = not is_first()
-    with console.status(f"loading {config.base}"):
-        model = load_run_model(config)
-        tokenizer = load_tokenizer(config.base)
-    context = model.config.max_position_embeddings
+    planned = abstract_run_model(config)
+    plan_weights(planned).check()
+    context = planned.config.max_position_embeddings
     if config.data.max_length > context:
         raise ConfigError(
             f"data.max_length: expected at most the base model's context of {context}; got {config.data.max_length}"
         )
+    console.quiet = not is_first()
+    with console.status(f"loading {config.base}"):
+        model = load_run_model(config)
+        tokenizer = load_tokenizer(config.base)
     attach_fresh(model, config)
     return train(model, tokenizer, config, console=console)
 
@@ -159,15 +160,12 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "attend": config.attend, "layout": layout}
 
 
-def load_model(base: str | Path, *, quantise: str, dtype: str = "float32", remat: bool = True) -> Llama:
-    """The base model in JAX."""
-    import jax.numpy as jnp
-
+def load_model(base: str | Path, *, quantise: str) -> Llama:
+    """The base model in JAX, in float32."""
     from conversion import open_base
     from moka_jax.llama import load_llama
 
-    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
-    return load_llama(opened, dtype=jnp.dtype(dtype), remat=remat)
+    return load_llama(open_base(base, quantise=quantise))  # type: ignore[arg-type]
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:

@@ -107,10 +107,6 @@ class Layout:
             any(take(index, "fsdp") for index, axis in enumerate(axes) if axis is not None)
         return PartitionSpec(*[names[0] if len(names) == 1 else names or None for names in split])
 
-    def sharding(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-        """`spec` on the mesh."""
-        return NamedSharding(self.mesh, self.spec(axes, shape))
-
     def trained(self, shape: Sequence[int]) -> NamedSharding:
         """Of an array of the adapter or its optimiser: on every device, or its rows over fsdp with `shard_adapter`."""
         size = self.mesh.shape["fsdp"]

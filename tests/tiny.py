@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from conversion import BaseFolder
 from moka_core import Adapter, MokaConfig, plan_model
@@ -40,6 +43,29 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **fields) -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def write_run(folder: Path, base: Path, *, train: int, eval: int, **settings: Any) -> Path:
+    """The config file of a short run in float32 on examples "add n n" -> "gives 2n", whose output is `folder`/out.
+
+    Args:
+        train, eval: how many examples there are of either kind.
+        settings: of `TrainConfig`, added to those that are the same for all; those of `data` are added one by one.
+    """
+    for name, count in (("train", train), ("eval", eval)):
+        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {name: str(folder / f"{name}.jsonl") for name in ("train", "eval")}
+    config = {
+        "base": str(base),
+        "output": str(folder / "out"),
+        "dtype": "float32",
+        "optimiser": {"learning_rate": 0.01},
+        **settings,
+        "data": {**files, "max_length": 96, **settings.get("data", {})},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder / "run.yaml"
 
 
 def random_adapter(base: BaseFolder, config: MokaConfig, *, seed: int = 0) -> Adapter:

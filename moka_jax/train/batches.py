@@ -54,7 +54,7 @@ def train_batches(
     else:
         assert pack_to >= longest
         packed = packed_rows(
-            order.to_iter_dataset(reading), dataset, time=_rounded(pack_to), rows=rows, seed=seed % 2**31
+            order.to_iter_dataset(reading), dataset, time=padded_length(pack_to), rows=rows, seed=seed % 2**31
         )
         steps = packed.batch(rows, drop_remainder=True, batch_fn=stack_packed)
     return iter(steps)
@@ -141,7 +141,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, longest: int, rows: int
     time = LENGTH_MULTIPLE
     while time < max(len(example.tokens) for example in examples):
         time *= 2
-    time = min(time, _rounded(longest))
+    time = min(time, padded_length(longest))
     tokens = np.full((rows, time + 1), pad_id, np.int32)
     mask = np.zeros((rows, time + 1), bool)
     for row, example in enumerate(examples):
@@ -156,5 +156,6 @@ def collate(examples: Sequence[Example], *, pad_id: int, longest: int, rows: int
     }
 
 
-def _rounded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The length of a row that holds this many tokens: the next multiple of 32."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -16,7 +16,7 @@ from flax import nnx
 from moka_core import ConfigError
 from moka_jax.linear import MokaParam
 from moka_jax.sharding import Layout
-from moka_jax.train.batches import LENGTH_MULTIPLE
+from moka_jax.train.batches import padded_length
 from moka_jax.train.config import TrainConfig
 from moka_jax.train.optimiser import make_optimiser
 from moka_jax.train.step import make_train_step, start_state
@@ -58,7 +58,7 @@ class MemoryPlan:
         )
 
 
-def plan_weights(model: nnx.Module, *, devices: int = 1) -> MemoryPlan:
+def plan_weights(model: nnx.Module) -> MemoryPlan:
     """The plan without a step: base weights and adapter only. Costs nothing.
 
     Args:
@@ -66,7 +66,7 @@ def plan_weights(model: nnx.Module, *, devices: int = 1) -> MemoryPlan:
     """
     _, adapter, frozen = nnx.split(model, MokaParam, ...)  # type: ignore[misc]
     parts = {"base weights": _bytes(jax.tree.leaves(frozen)), "adapter": _bytes(jax.tree.leaves(adapter))}
-    return MemoryPlan(parts=parts, capacity=_capacity(), device=jax.devices()[0].device_kind, devices=devices)
+    return _plan(parts, getattr(model, "layout", None))
 
 
 def plan_memory(model: nnx.Module, config: TrainConfig) -> MemoryPlan:
@@ -95,21 +95,23 @@ def plan_memory(model: nnx.Module, config: TrainConfig) -> MemoryPlan:
     )
     with contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh):
         found: Any = step.lower(state, frozen, batch).compile().memory_analysis()
-    adapters, moments = _bytes(jax.tree.leaves(state.adapter)), _bytes(jax.tree.leaves(state.moments))
     parts = {
         "base weights": _bytes(jax.tree.leaves(frozen)),
-        "adapter": adapters,
-        "optimiser": moments,
+        "adapter": _bytes(jax.tree.leaves(state.adapter)),
+        "optimiser": _bytes(jax.tree.leaves(state.moments)),
         "batch": _bytes(batch.values()),
         "a step": int(found.temp_size_in_bytes),
     }
+    return _plan(parts, layout)
+
+
+def _plan(parts: dict[str, int], layout: Layout | None) -> MemoryPlan:
     devices = 1 if layout is None else layout.mesh.size
     return MemoryPlan(parts=parts, capacity=_capacity(), device=jax.devices()[0].device_kind, devices=devices)
 
 
 def _largest_batch(config: TrainConfig, layout: Layout | None) -> dict[str, jax.ShapeDtypeStruct]:
-    time = -(-config.data.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    shape = (config.accumulate, config.batch_size, time)
+    shape = (config.accumulate, config.batch_size, padded_length(config.data.max_length))
     names = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.bool_}
     if config.data.packing:
         names |= {"positions": jnp.int32, "segments": jnp.int32}

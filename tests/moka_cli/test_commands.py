@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
 import moka_cli.generate
 from conversion import load_adapter, open_base, save_adapter
@@ -19,7 +18,7 @@ from moka_core import MokaConfig, plan_layer
 from moka_core.execution import plan_execution
 from moka_jax.train import load_dataset
 from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer
-from tests.tiny import random_adapter, save_tiny_llama
+from tests.tiny import random_adapter, save_tiny_llama, write_run
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +32,7 @@ def base(tmp_path_factory):
 def run(base, tmp_path_factory):
     """A config file of a short run, and its output folder."""
     folder = tmp_path_factory.mktemp("run")
-    for name, count in (("train", 24), ("eval", 5)):
-        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "base": str(base),
-        "output": str(folder / "out"),
-        "dtype": "float32",
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 96},
-        "optimiser": {"learning_rate": 0.01},
-        "steps": 6,
-        "batch_size": 4,
-        "eval_every": 3,
-        "checkpoint_every": 3,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    write_run(folder, base, train=24, eval=5, steps=6, batch_size=4, eval_every=3, checkpoint_every=3)
     return folder
 
 

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 import moka_jax.train.processes as processes
 from moka_core import ConfigError
 from moka_jax.train.checkpoint import describe
 from tests.moka_jax.train_toys import make_tokenizer
-from tests.tiny import save_tiny_llama
+from tests.tiny import save_tiny_llama, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,23 +60,8 @@ def config(tmp_path_factory):
     sizes = {"hidden_size": 256, "vocab_size": 320, "max_position_embeddings": 128}
     save_tiny_llama(folder / "base", **sizes)
     make_tokenizer().save_pretrained(folder / "base")
-    for name, count in (("train", 48), ("eval", 10)):
-        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "base": str(folder / "base"),
-        "output": "given",
-        "dtype": "float32",
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 96},
-        "optimiser": {"learning_rate": 0.01},
-        "steps": 20,
-        "batch_size": 8,
-        "accumulate": 2,
-        "eval_every": 10,
-        "checkpoint_every": 10,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "run.yaml"
+    steps = {"steps": 20, "batch_size": 8, "accumulate": 2, "eval_every": 10, "checkpoint_every": 10}
+    return write_run(folder, folder / "base", train=48, eval=10, **steps)
 
 
 @pytest.mark.slow
