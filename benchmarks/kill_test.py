@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.harness import note
 
-STEPS = 120
+STEPS = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
