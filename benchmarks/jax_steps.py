@@ -17,9 +17,9 @@ from benchmarks.layer_jax import random_nf4, randomised
 from benchmarks.models import FIVE, QV, RANK, Model
 from moka_core import preset
 from moka_jax import Nf4Linear, attach, with_dropout_key
-from moka_jax.attach import Site, linear_sites, replace_module
 from moka_jax.llama import Llama, load_llama
 from moka_jax.llama.config import LlamaConfig, RopeConfig
+from moka_jax.sites import Site, linear_sites, replace_module
 
 DROPOUT = 0.1
 

@@ -4,68 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.bridge import ToNNX
 
 from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model, preset
 from moka_core.adapter import raise_problems
+from moka_core.config import ALL_LINEAR
 from moka_core.execution import Execution
+from moka_jax.general import General, MokaGeneral
 from moka_jax.linear import MokaLinear, frozen_arrays, own_ways
-from moka_jax.nf4 import Nf4Linear, frozen_weight
-from moka_jax.stack import Stack
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A linear layer of a model: where it stands, and what it is called in a checkpoint.
-
-    Holds: `names` has one dotted path, or, inside a stack of `layers` layers, one for each layer.
-    """
-
-    path: tuple[str | int, ...]
-    names: tuple[str, ...]
-    layers: int | None
-    module: nnx.Linear | Nf4Linear | MokaLinear
-
-    @property
-    def base(self) -> nnx.Linear | Nf4Linear:
-        """The frozen layer: the module itself, or what its adapter stands on."""
-        return self.module.base if isinstance(self.module, MokaLinear) else self.module
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.base.out_features, self.base.in_features
-
-
-def linear_sites(model: nnx.Module) -> list[Site]:
-    """Every linear layer of an NNX model, in the order of its paths; one inside a `MokaLinear` stands for both.
-
-    A layer of a `Stack` at path p is called p.0.…, p.1.…, as in a checkpoint that is not stacked. A subclass of
-    `nnx.Linear` that computes something else (`nnx.LoRALinear`) is no linear layer.
-    """
-    modules: dict[tuple[Any, ...], nnx.Module] = dict(nnx.iter_modules(model))
-    stacks = {path: module for path, module in modules.items() if isinstance(module, Stack)}
-    adapted = {path for path, module in modules.items() if isinstance(module, MokaLinear)}
-    sites = []
-    for path, module in modules.items():
-        if not isinstance(module, (nnx.Linear, Nf4Linear, MokaLinear)) or path[:-1] in adapted:
-            continue
-        if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
-            continue
-        stack = next((prefix for prefix in stacks if path[: len(prefix) + 1] == (*prefix, "block")), None)
-        if stack is None:
-            sites.append(Site(path=path, names=(_dotted(path),), layers=None, module=module))
-        else:
-            length = stacks[stack].length
-            inner = path[len(stack) + 1 :]
-            names = tuple(_dotted((*stack, index, *inner)) for index in range(length))
-            sites.append(Site(path=path, names=names, layers=length, module=module))
-    return sorted(sites, key=lambda site: tuple(map(str, site.path)))
+from moka_jax.nf4 import frozen_weight
+from moka_jax.sites import Site, dotted, linear_sites, parent_of, replace_module
 
 
 def attach(
@@ -77,13 +30,15 @@ def attach(
     a key: in every step of `moka_jax.train`; in a training loop of your own, call it on the model inside the loss.
 
     Args:
-        model: any NNX model; its `nnx.Linear` and `Nf4Linear` layers can be targets.
+        model: any NNX model, its layers in a loop, in a `Stack`, or stacked by `nnx.vmap` for `nnx.scan`; what can be a
+            target, and by what name, `moka_jax.sites.linear_sites` tells.
         config: the adapter's settings, or the name of a preset.
         seed: draws the factors that do not start at zero.
         execution: see `MokaLinear`; None takes `config.execution`.
 
     Raises:
-        TargetError: a target matches no layer, only some layers of a stack, or a layer that cannot be replaced.
+        TargetError: a target matches no layer, only some layers of a stack, or a layer that cannot be replaced; or the
+            layers that are meant are Linen's, behind `nnx.bridge.ToNNX`.
         ConfigError: the model is adapted already, or a shape does not fit, or the execution is unknown.
     """
     if isinstance(config, str):
@@ -91,6 +46,7 @@ def attach(
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
+    _refuse_linen(model, config, sites)
     plans = plan_model(config, {name: site.dims for site in sites for name in site.names})
     key = jax.random.key(seed)
     layers = []  # all of them before any is put in place: what is refused leaves the model as it was
@@ -179,27 +135,15 @@ def merge(model: nnx.Module) -> nnx.Module:
     sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
     if not sites:
         raise AdapterError("merge: this model has no adapter; attach one, or import one, first")
-    special = [f"{_dotted(site.path)} ({', '.join(ways)})" for site in sites if (ways := own_ways(site.base))]
+    dense = [site for site in sites if not isinstance(site.module, MokaGeneral)]
+    special = [f"{dotted(site.path)} ({', '.join(ways)})" for site in dense if (ways := own_ways(site.base))]
     if special:
         raise AdapterError(
             f"merge: {', '.join(special)} multiplies in a way of its own, which a merged weight would not keep; use "
             "the adapter unmerged"
         )
     for site in sites:
-        assert isinstance(site.module, MokaLinear)
-        fold = _merged_weight if site.layers is None else nnx.vmap(_merged_weight)
-        weight, bias = fold(site.module)
-        out, in_ = site.dims
-        dtype = site.module.base.dtype
-        dense = nnx.eval_shape(
-            lambda out=out, in_=in_, bias=bias, dtype=dtype: nnx.Linear(
-                in_, out, use_bias=bias is not None, dtype=dtype, rngs=nnx.Rngs(0)
-            )
-        )
-        dense.kernel = nnx.Param(jnp.swapaxes(weight, -1, -2))
-        if bias is not None:
-            dense.bias = nnx.Param(bias)
-        replace_module(model, site.path, dense)
+        replace_module(model, site.path, _merged_general(site) if site not in dense else _merged_linear(site))
     if hasattr(model, "base_fingerprint"):
         model.base_fingerprint = None  # it is another model now
     return model
@@ -217,16 +161,52 @@ def check_base(adapter: str | None, model: str | None) -> None:
 def _adapted(
     site: Site, plan: LayerPlan, config: MokaConfig, *, key: jax.Array, execution: Execution | None
 ) -> MokaLinear:
+    kind = MokaLinear if General.of(site.base) is None else MokaGeneral
     try:
-        return MokaLinear(site.base, plan, config, key=key, layers=site.layers, execution=execution)
+        return kind(site.base, plan, config, key=key, layers=site.layers, execution=execution)
     except ConfigError as error:
-        raise ConfigError(f"{_dotted(site.path)}: {error}") from None
+        raise ConfigError(f"{dotted(site.path)}: {error}") from None
+
+
+def _merged_linear(site: Site) -> nnx.Linear:
+    layer = site.module
+    fold = _merged_weight if site.layers is None else nnx.vmap(_merged_weight)
+    weight, bias = fold(layer)
+    out, in_ = site.dims
+    make = partial(nnx.Linear, in_, out, use_bias=bias is not None, dtype=layer.base.dtype)
+    dense = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    dense.kernel = nnx.Param(jnp.swapaxes(weight, -1, -2))
+    if bias is not None:
+        dense.bias = nnx.Param(bias)
+    return dense
 
 
 def _merged_weight(layer: MokaLinear) -> tuple[jax.Array, jax.Array | None]:
     arrays, bias = frozen_arrays(layer.base)
     weight = frozen_weight(arrays, (layer.base.out_features, layer.base.in_features))
     return (weight + layer.delta()).astype(weight.dtype), bias
+
+
+def _merged_general(site: Site) -> nnx.Module:
+    """The layer itself with another kernel: its way to multiply stays."""
+    merged = nnx.clone(site.base)
+    general = General.of(merged)
+    assert general is not None
+    kernel = general.kernel_of(merged)
+    delta = (MokaLinear.delta if site.layers is None else nnx.vmap(MokaLinear.delta))(site.module)
+    weight = general.equation.weight(kernel) + delta
+    getattr(merged, general.kernel).set_value(general.equation.to_kernel(weight, kernel).astype(kernel.dtype))
+    return merged
+
+
+def _refuse_linen(model: nnx.Module, config: MokaConfig, sites: list[Site]) -> None:
+    """Raise a TargetError if there are Linen modules that the targets may mean."""
+    linen = [dotted(path) or "the model" for path, module in nnx.iter_modules(model) if isinstance(module, ToNNX)]
+    if linen and (not sites or config.target_modules == ALL_LINEAR):
+        raise TargetError(
+            f"target_modules: {linen[0]} is a Linen module behind nnx.bridge.ToNNX, and its layers are variables, not "
+            "NNX modules that can be replaced; write it in NNX, or target NNX layers beside it by name"
+        )
 
 
 def _choose(
@@ -237,9 +217,11 @@ def _choose(
     chosen = []
     for site in sites:
         hit = [name for name in site.names if name in plans]
+        if hit and site.problem is not None:
+            raise TargetError(f"target_modules: {hit[0]} cannot be adapted: {site.problem}")
         if hit and len(hit) < len(site.names):
             raise TargetError(
-                f"target_modules: {len(hit)} of {len(site.names)} layers of the stack {_dotted(site.path)!r} match "
+                f"target_modules: {len(hit)} of {len(site.names)} layers of the stack {dotted(site.path)!r} match "
                 f"(first that does not: {next(name for name in site.names if name not in plans)}); "
                 "a stack shares one structure, so target all of its layers or none"
             )
@@ -247,38 +229,18 @@ def _choose(
         if other:
             raise TargetError(
                 f"target_modules: {hit[0]} and {other[0]} have other shapes or another scale; here they are layers of "
-                f"the stack {_dotted(site.path)!r}, which shares one structure, so give all of its layers the same"
+                f"the stack {dotted(site.path)!r}, which shares one structure, so give all of its layers the same"
             )
         if hit and site.path in shared:
             raise TargetError(
-                f"target_modules: one layer stands under {' and '.join(map(_dotted, shared[site.path]))}; "
+                f"target_modules: one layer stands under {' and '.join(map(dotted, shared[site.path]))}; "
                 "an adapter would reach it under one of these only, so make them two layers or do not target it"
             )
-        if hit and isinstance(_parent(model, site.path), tuple):
+        if hit and isinstance(parent_of(model, site.path), tuple):
             raise TargetError(
-                f"target_modules: {_dotted(site.path)} stands in a tuple, where it cannot be replaced; "
+                f"target_modules: {dotted(site.path)} stands in a tuple, where it cannot be replaced; "
                 "hold the layers in an nnx.List"
             )
         if hit:
             chosen.append((site, plans[hit[0]]))
     return chosen
-
-
-def _parent(model: nnx.Module, path: tuple[str | int, ...]) -> Any:
-    parent: Any = model
-    for part in path[:-1]:
-        parent = parent[part] if isinstance(part, int) or isinstance(parent, dict) else getattr(parent, part)
-    return parent
-
-
-def replace_module(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
-    """Put a module in the place of the one at `path`, the `path` of a `Site`."""
-    parent, last = _parent(model, path), path[-1]
-    if isinstance(last, int) or isinstance(parent, dict):
-        parent[last] = module
-    else:
-        setattr(parent, last, module)
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,35 +73,47 @@ class MokaLinear(nnx.Module):
         gated = config.gate == "softmax"
         self.gate_logits = MokaParam(jnp.zeros((*lead, plan.terms), jnp.float32)) if gated else None
 
+    def __getattr__(self, name: str) -> Any:
+        """A setting of the base layer, such as `in_features`, for models that read it; never one of its arrays.
+
+        Raises:
+            AttributeError: there is none, or it is an array: who computes with W alone would pass the adapter by.
+        """
+        base = vars(self).get("base")
+        if base is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        value = getattr(base, name)
+        if isinstance(value, nnx.Variable | jax.Array):
+            raise AttributeError(
+                f"{name!r} of an adapted layer is the base's alone, without ΔW: read it from `layer.base`, call the "
+                "layer, or `merge` the model first"
+            )
+        return value
+
     def delta(self) -> jax.Array:
         """ΔW, (out, in), in the factors' dtype."""
         return delta_weight(self.plan, self.config, *self._factors())
 
-    def __call__(self, x: jax.Array, *, execution: Execution | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, out_sharding: Any = None, execution: Execution | None = None) -> jax.Array:
         """x (..., in) to (..., out), in the dtype of the base layer's output.
 
         Args:
+            out_sharding: None; here because Flax's own modules hand it to their layers.
             execution: for this call, in place of the layer's own.
 
         Raises:
-            ConfigError: as when the layer is made.
+            ConfigError: as when the layer is made; or `out_sharding` is given, which is for explicit meshes.
         """
-        schedule, into_base = self.schedule(math.prod(x.shape[:-1]) // batch_shards(x), execution)
-        mixture = self._mixture()
-        statics = Statics(
-            plan=self.plan, identity=self.config.identity, schedule=schedule, keep_rate=1 - self.config.dropout
-        )
-        if into_base:
-            arrays, bias = frozen_arrays(self.base)
-            given = [array for array in (arrays.get("kernel"), bias) if array is not None]
-            x = x.astype(self.base.dtype or jnp.result_type(x, *given))
-            y = mixture_product(statics, x, None, arrays, mixture)
-            return y if bias is None else y + bias.astype(y.dtype)
-        y = self.base(x)
-        keep = None
-        if self.dropout_key is not None:
-            keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
-        return y + mixture_product(statics, x.astype(y.dtype), keep, None, mixture)
+        refuse_out_sharding(out_sharding)
+        schedule, into_base = self.schedule(tokens_of(x), execution)
+        if not into_base:
+            y = self.base(x)
+            return y + self._added(x.astype(y.dtype), schedule)
+        arrays, bias = frozen_arrays(self.base)
+        given = [array for array in (arrays.get("kernel"), bias) if array is not None]
+        x = x.astype(self.base.dtype or jnp.result_type(x, *given))
+        y = mixture_product(self._statics(schedule), x, None, arrays, self._mixture())
+        return y if bias is None else y + bias.astype(y.dtype)
 
     def schedule(self, tokens: int, execution: Execution | None = None) -> tuple[Schedule, bool]:
         """How a call with this many tokens is computed, and whether ΔW is added to the base's weight there."""
@@ -143,6 +156,17 @@ class MokaLinear(nnx.Module):
             # a copy: on a CPU JAX may otherwise share the caller's memory
             variable.set_value(jnp.array(arrays[0] if self.layers is None else np.stack(arrays), variable.dtype))
 
+    def _added(self, x: jax.Array, schedule: Schedule) -> jax.Array:
+        """ΔW dropout(x), as a product of its own."""
+        keep = None
+        if self.dropout_key is not None:
+            keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.config.dropout, x.shape)
+        return mixture_product(self._statics(schedule), x, keep, None, self._mixture())
+
+    def _statics(self, schedule: Schedule) -> Statics:
+        rate = 1 - self.config.dropout
+        return Statics(plan=self.plan, identity=self.config.identity, schedule=schedule, keep_rate=rate)
+
     def _factors(self) -> tuple[list[jax.Array], list[jax.Array], jax.Array | None]:
         gate = None if self.gate_logits is None else self.gate_logits[...]
         return [factor[...] for factor in self.factor_a], [factor[...] for factor in self.factor_b], gate
@@ -152,10 +176,12 @@ class MokaLinear(nnx.Module):
         return Mixture(coefficients(self.plan, self.config, gate), factor_a, factor_b)
 
 
-def own_ways(base: nnx.Linear | Nf4Linear) -> list[str]:
+def own_ways(base: nnx.Module) -> list[str]:
     """The settings by which a base layer computes more than x Wᵀ + b; without any, a merged weight can serve it."""
     if isinstance(base, Nf4Linear):
         return []
+    if not isinstance(base, nnx.Linear):
+        return ["over several axes"]
     changed = {
         "dot_general": base.dot_general is not jax.lax.dot_general,
         "precision": base.precision is not None,
@@ -171,12 +197,26 @@ def frozen_arrays(base: nnx.Linear | Nf4Linear) -> tuple[Frozen, jax.Array | Non
     return (base.arrays() if isinstance(base, Nf4Linear) else {"kernel": base.kernel[...]}), bias
 
 
-def _check_execution(execution: Execution, base: nnx.Linear | Nf4Linear) -> None:
+def _check_execution(execution: Execution, base: nnx.Module) -> None:
     if check_execution(execution) == "merged" and (ways := own_ways(base)):
         raise ConfigError(
             "execution: 'merged' puts W + ΔW in the place of W, but this base layer multiplies in a way of its own "
             f"({', '.join(ways)}), which that would pass by; use 'factored' or 'auto'"
         )
+
+
+def refuse_out_sharding(out_sharding: Any) -> None:
+    """Raise a ConfigError if a call asks for its output's sharding, which the mixture's product cannot promise."""
+    if out_sharding is not None:
+        raise ConfigError(
+            f"out_sharding: expected None, got {out_sharding}: an adapted layer leaves its output's sharding to the "
+            "compiler; put a sharding constraint on the output instead"
+        )
+
+
+def tokens_of(x: jax.Array) -> int:
+    """How many vectors (..., in) the execution is planned for: those of one part of the batch on a mesh."""
+    return math.prod(x.shape[:-1]) // batch_shards(x)
 
 
 def with_dropout_key(model: nnx.Module, key: jax.Array) -> nnx.Module:

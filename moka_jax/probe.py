@@ -13,10 +13,11 @@ from flax import nnx
 
 from moka_core import Adapter, Nf4Weight
 from moka_core.probe import AdamW, Batch
-from moka_jax.attach import Site, import_adapter, linear_sites
+from moka_jax.attach import import_adapter
 from moka_jax.linear import MokaLinear, MokaParam
 from moka_jax.llama.load import BaseTensors, load_llama
 from moka_jax.nf4 import Nf4Linear
+from moka_jax.sites import Site, linear_sites
 
 
 class JaxProbe:

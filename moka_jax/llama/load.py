@@ -13,12 +13,12 @@ from flax import nnx
 
 from moka_core import ModelError, Nf4Weight
 from moka_core.tensor_spec import TensorSpec
-from moka_jax.attach import linear_sites
 from moka_jax.llama.axes import parameter_axes, weight_axes
 from moka_jax.llama.config import Attend, LlamaConfig
 from moka_jax.llama.model import Llama
 from moka_jax.nf4 import Nf4Linear, packed_arrays, packed_layout
 from moka_jax.sharding import GatherOverFsdp, Layout, place
+from moka_jax.sites import linear_sites
 
 Path = tuple[str, ...]
 Tensor = np.ndarray | Nf4Weight

@@ -13,9 +13,9 @@ from flax import nnx
 from conversion.base_weights import open_base
 from moka_core import ConfigError, ModelError, Nf4Weight
 from moka_core.tensor_spec import TensorSpec
-from moka_jax.attach import linear_sites
 from moka_jax.llama import Llama, generate, load_llama, packed_weights
 from moka_jax.nf4 import Nf4Linear
+from moka_jax.sites import linear_sites
 from tests.moka_jax.toys import run, tiny_llama
 
 torch = pytest.importorskip("torch")

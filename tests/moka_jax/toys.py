@@ -11,8 +11,8 @@ from flax import nnx
 
 from moka_core import Adapter, Architecture, MokaConfig, plan_model, quantise_nf4
 from moka_jax import MokaParam, Nf4Linear
-from moka_jax.attach import linear_sites
 from moka_jax.llama import Llama, LlamaConfig, RopeConfig
+from moka_jax.sites import linear_sites
 
 CONFIG = MokaConfig(r=5, num_shapes=2, dropout=0.0, target_modules=("q_proj", "v_proj"))
 
@@ -33,7 +33,8 @@ class Foreign(nnx.Module):
         return self.plain["last"](x + self.sequence(self.named["inner"](x)))
 
 
-FOREIGN_SITES = ["blocks.0", "blocks.1", "named.inner", "plain.last", "sequence.layers.0", "sequence.layers.2"]
+FOREIGN_SITES = [*(f"attention.{name}" for name in ("key", "out", "query", "value")), "blocks.0", "blocks.1"]
+FOREIGN_SITES += ["named.inner", "plain.last", "sequence.layers.0", "sequence.layers.2"]
 
 
 @functools.cache
