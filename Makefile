@@ -1,8 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+TUNIX := .venv-tunix
 
-.PHONY: help install demo test test-peft test-all lint format clean
+.PHONY: help install demo test test-peft test-tunix test-all lint format clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -26,6 +27,17 @@ test: install    ## the default tests
 test-peft: install  ## PEFT's own tests, of the installed version, on MoKA
 	$(BIN)/python -m tests.peft_suite
 
+test-tunix: $(TUNIX)/.installed   ## tunix's trainer on our adapters, in an environment of its own
+	HF_HUB_OFFLINE=1 $(TUNIX)/bin/python -m pytest -q tests/tunix_suite
+
+# tunix asks for an older safetensors than transformers does here, and never meets PyTorch
+$(TUNIX)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TUNIX)
+	$(TUNIX)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(TUNIX)/bin/python -m pip install --quiet "google-tunix==0.1.7" "jax==0.10.2" "flax==0.12.8" "pytest>=8.4"
+	$(TUNIX)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
 test-all: install  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "not gpu"
 
@@ -39,4 +51,4 @@ format: install  ## put the code in order
 	$(BIN)/ruff format .
 
 clean:           ## remove what the demo and the tests made, and the environment
-	rm -rf $(VENV) build report *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TUNIX) build report *.egg-info .pytest_cache .mypy_cache .ruff_cache
