@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU set: NF4 and bfloat16, random weights in the shapes of LLaMA3-8B and LLaMA2-7B, recomputation on.
 #
-#   bash benchmarks/gpu.sh STAGE...     from the repository's root; stages: check layer train train-more llama2 memory compile
+#   bash benchmarks/gpu.sh STAGE...     from the repository's root; stages: check layer train hundred train-more llama2 memory
+#   compile
 #
 # Each stage is meant to end within ten minutes on one GPU of 80 GB or more; without a stage all run, one after the other.
 # Results go to $OUT if that is set, else to benchmarks/results. A variant that fails is a line in its table.
@@ -31,6 +32,9 @@ stage() {
         ;;
     layer) bench layer ;;
     train) bench train_step "${llama3[@]}" --repeats 10 --variants "${main[@]}" ;;
+    hundred) # a hundred steps of 8192 tokens, next to PEFT's QLoRA; the peak memory of the same variants: stage memory
+        bench train_step "${llama3[@]}" --repeats 100 --label hundred --variants "${main[@]:2}"
+        ;;
     train-more)
         bench train_step "${llama3[@]}" --repeats 5 --label more \
             --variants "frozen base" "LoRA r=32 q,v" "QLoRA r=32 q,v" "MoKA auto" up,down DoRA LoKr MoKA_s merged
@@ -39,7 +43,7 @@ stage() {
     memory) bench memory "${llama3[@]}" --remats on --variants "${main[@]}" ;;
     compile) bench compile_time --random llama3-8b --batch 4 --length 2048 --repeats 3 ;;
     *)
-        echo "gpu.sh: expected check, layer, train, train-more, llama2, memory or compile; got $1" >&2
+        echo "gpu.sh: expected check, layer, train, hundred, train-more, llama2, memory or compile; got $1" >&2
         exit 2
         ;;
     esac
@@ -49,7 +53,7 @@ for name in "${@:-}"; do
     if [ -n "$name" ]; then
         stage "$name"
     else
-        for each in check layer train train-more llama2 memory compile; do stage "$each"; done
+        for each in check layer train hundred train-more llama2 memory compile; do stage "$each"; done
     fi
 done
 exit $status
