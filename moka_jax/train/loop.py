@@ -123,6 +123,8 @@ def train(
     if layout is not None:
         check_batch(config.batch_size, layout)
         state = jax.tree.map(lambda leaf: place(np.asarray(leaf), layout.trained(leaf.shape)), state)
+    else:
+        state = _beside(frozen, state)
     batches = train_batches(
         learn,
         batch_size=config.batch_size,
@@ -386,6 +388,17 @@ class _Run:
 
 _STOPPING = "stopping after this step; press Ctrl-C again, or repeat the signal, to stop at once, without a checkpoint"
 _WAY_OUT = "lower optimiser.learning_rate, lengthen optimiser.warmup_steps, or look at the data"
+
+
+def _beside(frozen: nnx.State, state: TrainState) -> TrainState:
+    """The state, put on the base's device by name, as every step returns it.
+
+    A loaded base is there by name and a new adapter by default only: the second step would be compiled anew.
+    """
+    where = {leaf.sharding for leaf in jax.tree.leaves(frozen)}
+    if len(where) == 1 and isinstance(at := where.pop(), jax.sharding.SingleDeviceSharding):
+        return jax.device_put(state, at)
+    return state
 
 
 def _reason(loss: float, norm: float) -> str:

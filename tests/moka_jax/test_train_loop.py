@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from tests.moka_jax.train_toys import (
     run,
     write_lines,
 )
+
+LOOP = importlib.import_module("moka_jax.train.loop")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -291,6 +294,22 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     assert "tokens/s" in printed
     assert "held-out loss" in printed
     assert "step 3/3  loss" not in printed
+
+
+def test_both_steps_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the base was put on its device by name, as loading does, and the new adapter was not."""
+    made = []
+
+    def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: made.append(make(*arguments, **options)) or made[-1]
+
+    monkeypatch.setattr(LOOP, "make_train_step", kept(LOOP.make_train_step))
+    monkeypatch.setattr(LOOP, "make_eval_step", kept(LOOP.make_eval_step))
+    model = make_model()
+    nnx.update(model, jax.device_put(nnx.state(model, nnx.Not(MokaParam)), jax.devices()[0]))
+    rows = write_lines(tmp_path / "rows.jsonl", [{"text": f"row {n}"} for n in range(6)])  # of one length
+    run(tmp_path, model=model, steps=3, eval_every=1, data={"train": rows, "eval": rows})
+    assert [step._cache_size() for step in made] == [1, 1]
 
 
 RECORDS = [{"kind": "train", "step": s, "loss": 3.0 / s} for s in (1, 2, 3)] + [
