@@ -28,8 +28,10 @@ class JaxProbe:
         import_adapter(self._model, adapter)
         parts: Any = nnx.split(self._model, MokaParam, ...)
         self._graphdef: nnx.GraphDef = parts[0]
-        self._adapter: nnx.State = parts[1]
         self._frozen: nnx.State = parts[2]
+        # on the base's device by name, as what a step returns will be: a function is compiled anew for arrays that are
+        # there by default only
+        self._adapter: nnx.State = jax.device_put(parts[1], jax.tree.leaves(self._frozen)[0].sharding)
         self._logits = jax.jit(lambda adapter, frozen, tokens: nnx.merge(self._graphdef, adapter, frozen)(tokens))
         self._gradients = jax.jit(jax.value_and_grad(self._loss))
 
@@ -58,14 +60,15 @@ class JaxProbe:
         )
 
         @jax.jit
-        def step(adapter, moments, frozen, tokens, learned):
-            loss, gradient = jax.value_and_grad(self._loss)(adapter, frozen, tokens, learned)
+        def apply(gradient, moments, adapter):
             changes, moments = update.update(gradient, moments, adapter)
-            return loss, optax.apply_updates(adapter, changes), moments
+            return optax.apply_updates(adapter, changes), moments
 
         moments, losses = update.init(self._adapter), []
         for batch in batches:
-            loss, self._adapter, moments = step(self._adapter, moments, self._frozen, *_arrays(batch))
+            # the compiled function of `gradients`, which costs far more to compile than to run
+            loss, gradient = self._gradients(self._adapter, self._frozen, *_arrays(batch))
+            self._adapter, moments = apply(gradient, moments, self._adapter)
             losses.append(float(loss))
         return losses
 
