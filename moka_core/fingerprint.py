@@ -42,7 +42,8 @@ def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarra
     if numbers["head_dim"] is None and isinstance(numbers["hidden_size"], int) and isinstance(heads, int) and heads:
         numbers["head_dim"] = numbers["hidden_size"] // heads
     if numbers["num_key_value_heads"] is None:
-        numbers["num_key_value_heads"] = heads
+        mistral = hf_config.get("model_type") == "mistral"  # where config.json is silent, transformers takes these
+        numbers["num_key_value_heads"] = 8 if mistral else heads
     if numbers["rms_norm_eps"] is None:
         numbers["rms_norm_eps"] = 1e-6  # what transformers takes where config.json is silent
     numbers["rope"] = _rope(hf_config)
@@ -55,8 +56,8 @@ def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarra
 
 
 def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings under one spelling: transformers 5 nests them, earlier versions do not."""
-    nested = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    """The rotary settings under one spelling: transformers 5 nests them all and fills some in."""
+    nested = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}  # in transformers' order
     if not isinstance(nested, Mapping):
         raise ModelError(f"config.json: expected the rotary settings to be a JSON object; got {nested!r}")
     rope = {key: value for key, value in nested.items() if key not in ("type", "rope_type") and value is not None}
@@ -66,6 +67,12 @@ def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(f"config.json: rope_theta: expected a positive number; got {theta!r}")
     rope["rope_theta"] = float(theta)
     rope["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
+    if rope["rope_type"] in ("yarn", "longrope", "llama3"):
+        name = "original_max_position_embeddings"  # outside, it stays there beside what transformers fills in
+        rope[name] = hf_config.get(name) or rope.get(name) or hf_config.get("max_position_embeddings")
+    partial = rope.pop("partial_rotary_factor", None) or hf_config.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        rope["partial_rotary_factor"] = partial
     return rope
 
 

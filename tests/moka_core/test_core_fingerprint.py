@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from moka_core import ModelError, base_fingerprint
 
@@ -128,6 +130,35 @@ def test_a_field_left_out_is_the_one_that_transformers_would_take(field: str, va
     assert base_fingerprint({**CONFIG, field: value}, norms()) == base_fingerprint(without, norms())
     nothing = {**CONFIG, field: None}
     assert base_fingerprint(nothing, norms()) == base_fingerprint(without, norms())
+
+
+LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+# settings that transformers completes, moves or overrules when it reads them
+COMPLETED = {
+    "yarn without its first context": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "longrope, its first context outside": {"rope_scaling": LONG, "original_max_position_embeddings": 512},
+    "a factor of one outside": {"partial_rotary_factor": 1.0},
+    "both spellings": {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "Mistral without key heads": {"model_type": "mistral", "num_key_value_heads": None, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("which", COMPLETED)
+def test_what_transformers_completes_keeps_its_fingerprint(which: str, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "max_position_embeddings": 2048, **CONFIG, **COMPLETED[which]}
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert read != config
+    assert base_fingerprint(config, norms()) == base_fingerprint(read, norms())
+
+
+def test_of_two_spellings_the_one_that_the_model_is_built_from_counts() -> None:
+    both = [{**COMPLETED["both spellings"], "rope_scaling": {"rope_type": "linear", "factor": f}} for f in (2.0, 4.0)]
+    assert digest(**both[0]) != digest(**both[1])
 
 
 @pytest.mark.parametrize(
