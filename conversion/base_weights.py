@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
+import ml_dtypes  # it also registers bfloat16 with NumPy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -54,6 +54,7 @@ _TABLE: tuple[tuple[str, FlaxPath, bool, bool], ...] = (
     ),
 )
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PIECE = 1 << 24
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -120,8 +121,8 @@ class BaseFolder:
 
     Args:
         folder: has config.json and model.safetensors, or the shards and their index.
-        quantise: what becomes of a dense linear weight: NF4 with or without double quantisation, or nothing.
-            A weight that is packed already is taken as it is.
+        quantise: what becomes of the dense linear weights: NF4 with or without double quantisation, or nothing.
+            A folder that bitsandbytes packed is taken as it is: what it left dense (llm_int8_skip_modules) stays dense.
     """
 
     folder: Path
@@ -208,6 +209,12 @@ class BaseFolder:
                         raise ModelError(
                             f"{path}: the index names tensors that are not in it: {', '.join(missing[:8])}"
                         )
+                    twice = sorted(name for name in present - set(names) if name in self.files)
+                    if twice:
+                        raise ModelError(
+                            f"{path}: holds {', '.join(twice[:8])}, which the index takes from another shard; expected "
+                            "each tensor in one shard"
+                        )
                     for name in names:
                         part = file.get_slice(name)
                         headers[name] = tuple(part.get_shape()), part.get_dtype()
@@ -223,13 +230,16 @@ class BaseFolder:
             raise ModelError(f"{name} is packed, but not as NF4; only NF4 is supported")
         if dtype not in _DTYPES:
             raise ModelError(f"{name}: expected dtype {', '.join(_DTYPES)}; got {dtype}")
-        packable = self.quantise != "none" and _place(name).packable
-        return TensorSpec(shape=shape, dtype=_DTYPES[dtype], packing=self.quantise if packable else None)  # type: ignore[arg-type]
+        return TensorSpec(shape=shape, dtype=_DTYPES[dtype], packing=self.quantise if self._packs(name) else None)  # type: ignore[arg-type]
+
+    def _packs(self, name: str) -> bool:
+        """Whether a dense weight is to be packed."""
+        return self.quantise != "none" and not self.packed and _place(name).packable
 
     def _names(self) -> list[str]:
         """The tensors that our LLaMA has a place for; the parts of a packed weight count as the weight."""
         names = [name for name in sorted(self.files) if not _is_part(name, self.files) and not _IGNORED.fullmatch(name)]
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" in names:
+        if self.config.get("tie_word_embeddings") and "lm_head.weight" in names and self._head_is_tied:
             names.remove("lm_head.weight")
         unknown = [name for name in names if flax_place(name) is None]
         if unknown:
@@ -237,6 +247,21 @@ class BaseFolder:
                 f"{self.folder}: no LLaMA tensor is called {', '.join(unknown[:8])}{' …' * (len(unknown) > 8)}"
             )
         return names
+
+    @cached_property
+    def _head_is_tied(self) -> bool:
+        """True: config.json ties an output head that is stored all the same, and that is the embedding.
+
+        Raises:
+            ModelError: the stored head is another matrix, which transformers would use.
+        """
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if embedding in self.files and not np.array_equal(self.tensor(head), self.tensor(embedding)):
+            raise ModelError(
+                f"{self.folder}: config.json says tie_word_embeddings: true, but {head} is not {embedding}; set "
+                "tie_word_embeddings to false to use the stored head, or remove it to use the embedding"
+            )
+        return True
 
     def _weight(self, name: str) -> np.ndarray | Nf4Weight:
         """One of `_names`: as it stands if packed, packed if it is to be, dense otherwise."""
@@ -248,7 +273,9 @@ class BaseFolder:
             except ModelError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
         value = self.tensor(name)
-        if self.quantise == "none" or not _place(name).packable:
+        if not self._packs(name):
+            if not _is_finite(value):
+                raise ModelError(f"{self.folder}: {name}: expected finite numbers; it has NaN or infinity")
             return value
         try:
             return quantise_nf4(value, double=self.quantise == "nf4-double")
@@ -299,26 +326,27 @@ def open_base(folder: str | os.PathLike[str], *, quantise: Quantise = "nf4-doubl
 
 
 def _tensor_files(root: Path) -> dict[str, Path]:
+    """The file of every tensor; as in transformers a single file goes before an index, which may be a stale one."""
     index = root / "model.safetensors.index.json"
     single = root / "model.safetensors"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
-            raise ModelError(f'{index}: expected weight_map {{"tensor": "file beside this one", ...}}, at least one')
-        shards = {name: root / shard for name, shard in weight_map.items()}
-        missing = sorted({str(path) for path in shards.values() if not path.is_file()})
-        if missing:
-            raise ModelError(f"{index} names shards that are not there: {', '.join(missing)}")
-        return shards
-    if not single.is_file():
+    if single.is_file():
+        try:
+            with safe_open(single, framework="np") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{single}: expected a safetensors file; {error}") from error
+    if not index.is_file():
         others = sorted(path.name for path in root.iterdir() if path.suffix in (".bin", ".gguf", ".pth"))
         hint = f"; it has {', '.join(others)}, which must be converted to safetensors first" if others else ""
         raise ModelError(f"{root}: expected model.safetensors or model.safetensors.index.json; found neither{hint}")
-    try:
-        with safe_open(single, framework="np") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{single}: expected a safetensors file; {error}") from error
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
+        raise ModelError(f'{index}: expected weight_map {{"tensor": "file beside this one", ...}}, at least one')
+    shards = {name: root / shard for name, shard in weight_map.items()}
+    missing = sorted({str(path) for path in shards.values() if not path.is_file()})
+    if missing:
+        raise ModelError(f"{index} names shards that are not there: {', '.join(missing)}")
+    return shards
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -331,6 +359,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object; got {type(values).__name__}")
     return values
+
+
+def _is_finite(value: np.ndarray) -> bool:
+    """Whether no entry is NaN or infinite, a piece at a time."""
+    flat = value.reshape(-1)
+    pieces = (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
+    if value.dtype == ml_dtypes.bfloat16:  # ml_dtypes is slow at it: the exponent's bits tell
+        return all(((piece.view(np.uint16) & 0x7F80) != 0x7F80).all() for piece in pieces)
+    return all(np.isfinite(piece).all() for piece in pieces)
 
 
 def _is_shard(name: Any) -> bool:

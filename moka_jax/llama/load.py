@@ -221,7 +221,15 @@ def _stack_problems(path: Path, rows: Mapping[int | None, TensorSpec], layers: i
     for layer in numbers:
         problems += _shape_problems(name(layer), rows[layer], want)
     if len({spec.packing for spec in rows.values()}) > 1:
-        problems.append(f"{'.'.join(path)}: expected every layer dense, or every layer packed in the same way")
+        dense = [name(layer) for layer in numbers if rows[layer].packing is None]
+        problems.append(
+            f"{'.'.join(path)}: expected every layer dense, or every layer packed in the same way"
+            + (
+                f"; {', '.join(dense[:3])} {'are' if dense[1:] else 'is'} dense (llm_int8_skip_modules)"
+                if dense
+                else ""
+            )
+        )
     elif len({spec.dtype for spec in rows.values() if spec.packing is not None}) > 1:
         problems.append(f"{'.'.join(path)}: expected every layer packed from one dtype")
     return problems

@@ -319,7 +319,16 @@ def tensors(changes: dict[str, np.ndarray]) -> Callable[[Path], None]:
 
 
 def index(weight_map: Any) -> Callable[[Path], None]:
-    return write(INDEX, json.dumps({"weight_map": weight_map}).encode())
+    """An index, of which the only shard is shard.safetensors."""
+    return indexed(json.dumps({"weight_map": weight_map}).encode())
+
+
+def indexed(data: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "shard.safetensors")
+        (folder / INDEX).write_bytes(data)
+
+    return change
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -350,14 +359,14 @@ BAD: tuple[tuple[Callable[[Path], None], str], ...] = (
     (index(["model.norm.weight"]), "expected weight_map"),
     (index({"model.norm.weight": 5}), "expected weight_map"),
     (index({"model.norm.weight": "../model.safetensors"}), "expected weight_map"),
-    (write(INDEX, b'{"metadata": {}}'), "expected weight_map"),
+    (indexed(b'{"metadata": {}}'), "expected weight_map"),
     (
-        index({"model.norm.weights": "model.safetensors"}),
+        index({"model.norm.weights": "shard.safetensors"}),
         "no LLaMA tensor is called model.norm.weights",
     ),
     (
-        index({"model.layers.9.input_layernorm.weight": "model.safetensors"}),
-        "model.safetensors: expected a safetensors file with model.layers.9.input_layernorm.weight; ",
+        index({"model.layers.9.input_layernorm.weight": "shard.safetensors"}),
+        "shard.safetensors: expected a safetensors file with model.layers.9.input_layernorm.weight; ",
     ),
     (
         both(index({"model.norm.weight": "broken.safetensors"}), write("broken.safetensors", b"x")),
