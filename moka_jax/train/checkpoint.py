@@ -18,6 +18,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from moka_core import MokaError
 from moka_jax.sharding import place
+from moka_jax.train.config import differing_settings
 from moka_jax.train.processes import is_first, wait_for_all, whole
 from moka_jax.train.step import TrainState
 
@@ -268,23 +269,11 @@ def _whole_digest(state: TrainState, data: grain.DatasetIterator[Any]) -> str:
 
 
 def _check_same_run(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    absent = object()
-
-    def show(value: Any) -> str:
-        return "nothing" if value is absent else json.dumps(value)
-
-    pairs = {name: (saved.get(name, absent), now.get(name, absent)) for name in sorted({*saved, *now})}
-    changes = [
-        f"{name}: the checkpoint has {show(old)}, this run {show(new)}"
-        for name, (old, new) in pairs.items()
-        if old != new
-    ]
+    changes = differing_settings(saved, now, names=("the checkpoint", "this run"))
     if changes:
         raise CheckpointError(
-            f"{where}: this checkpoint belongs to another run; {len(changes)} "
-            f"setting{'s differ' if len(changes) > 1 else ' differs'}:\n  "
-            + "\n  ".join(changes)
-            + "\nset them back to resume it, or use another output folder"
+            f"{where}: this checkpoint belongs to another run; {changes}\n"
+            "set them back to resume it, or use another output folder"
         )
 
 

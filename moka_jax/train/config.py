@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -353,11 +354,36 @@ class TrainConfig:
             del values["data"][name]
         if self.optimiser.schedule == "constant":
             del values["steps"]
-        return {
-            f"{name}.{sub}" if sub else name: value
-            for name, entry in values.items()
-            for sub, value in (entry.items() if isinstance(entry, Mapping) else [("", entry)])
-        }
+        return _flat(values)
+
+    def shared(self) -> dict[str, Any]:
+        """What all processes of a run must be told alike, flat: everything but paths, which may differ by host."""
+        values = _flat(self.to_dict())
+        for name in ("base", "output", "data.train", "data.eval"):
+            del values[name]
+        return values
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, names: tuple[str, str]) -> str | None:
+    """What differs between two flat sets of settings in JSON's types, a line for each; None if nothing does."""
+    absent = object()
+
+    def show(value: Any) -> str:
+        return "nothing" if value is absent else json.dumps(value)
+
+    pairs = {name: (one.get(name, absent), other.get(name, absent)) for name in sorted({*one, *other})}
+    lines = [f"{name}: {names[0]} has {show(a)}, {names[1]} {show(b)}" for name, (a, b) in pairs.items() if a != b]
+    if not lines:
+        return None
+    return f"{len(lines)} setting{'s differ' if lines[1:] else ' differs'}:\n  " + "\n  ".join(lines)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}.{sub}" if sub else name: value
+        for name, entry in values.items()
+        for sub, value in (entry.items() if isinstance(entry, Mapping) else [("", entry)])
+    }
 
 
 _OPTIONAL: dict[str, type] = {"mesh": MeshConfig, "early_stopping": EarlyStopping, "profile": Profile}

@@ -28,7 +28,7 @@ from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
 from moka_jax.train.optimiser import make_optimiser
 from moka_jax.train.preflight import check_batch, check_packing, check_vocabulary
-from moka_jax.train.processes import any_process, is_first
+from moka_jax.train.processes import any_process, check_agreement, is_first, only_run_in
 from moka_jax.train.profiler import Profiler
 from moka_jax.train.report import Report
 from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_train_step, start_state
@@ -51,7 +51,7 @@ class TrainResult:
 
     Args:
         step: finished steps.
-        interrupted: it was stopped before the last step; started again, it goes on from `step`.
+        interrupted: it was stopped before the last step and its evaluation; started again, it goes on from `step`.
         stopped_early: it ended before the last step, since the held-out loss no longer fell; see `EarlyStopping`.
         resumed_from: step of the checkpoint that it started from, or None.
         train_loss: loss of the newest training record, or None.
@@ -99,7 +99,8 @@ def train(
         console: where progress is shown; the standard output by default.
 
     Raises:
-        ConfigError: the model has no adapter, or cannot keep packed examples apart; a package is missing.
+        ConfigError: the model has no adapter, or cannot keep packed examples apart; a package is missing; another run
+            writes into `config.output`; several processes were not told the same.
         DataError: see `load_dataset`; a token is beyond the model's vocabulary; the metrics cannot be read.
         CheckpointError: `config.output` holds another run, or no checkpoint that is sound; one cannot be written.
         TrainingError: too many steps in a row were skipped, the held-out loss is not finite, or the metrics cannot be
@@ -139,23 +140,25 @@ def train(
         "training examples": learn.digest,
         "held-out examples": None if held_out is None else held_out.digest,
     }
-    restored = restore(output / "checkpoints", state, batches, meaning=meaning)
-    resumed_from = None
-    if restored is not None:
-        state = restored.state
-        resumed_from = int(state.step)
-        if resumed_from > config.steps:
-            raise CheckpointError(
-                f"{output / 'checkpoints' / str(resumed_from)}: expected a step up to steps: {config.steps}; "
-                "raise steps, or use another output folder"
-            )
-    log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from, write=is_first())
-    if config.early_stopping is not None and resumed_from and log.last("eval") is None:
-        raise DataError(
-            f"{log.path}: expected the held-out losses up to step {resumed_from}, which early stopping compares with; "
-            "there are none; put the file back, or leave early_stopping out"
-        )
+    check_agreement(config.shared() | meaning | {"checkpoints": checkpoint_steps(output / "checkpoints")})
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run_in(output))
+        restored = restore(output / "checkpoints", state, batches, meaning=meaning)
+        resumed_from = None
+        if restored is not None:
+            state = restored.state
+            resumed_from = int(state.step)
+            if resumed_from > config.steps:
+                raise CheckpointError(
+                    f"{output / 'checkpoints' / str(resumed_from)}: expected a step up to steps: {config.steps}; "
+                    "raise steps, or use another output folder"
+                )
+        log = MetricsLog(output / "metrics.jsonl", resume_from=resumed_from, write=is_first())
+        if held_out is not None and resumed_from and log.last("eval") is None:
+            raise DataError(
+                f"{log.path}: expected the held-out losses up to step {resumed_from}, which say what the best "
+                "checkpoint is; there are none; put the file back, or use another output folder"
+            )
         if layout is not None:
             stack.enter_context(jax.set_mesh(layout.mesh))
         board = None
@@ -197,7 +200,7 @@ def train(
     stopped_early = step < config.steps and gains_nothing
     return TrainResult(
         step=step,
-        interrupted=step < config.steps and not stopped_early,
+        interrupted=not run.has_ended(step, gains_nothing),
         stopped_early=stopped_early,
         resumed_from=resumed_from,
         train_loss=None if train_record is None else train_record["loss"],
@@ -255,6 +258,10 @@ class _Run:
         without = 0 if rule is None else evaluations_without_gain(self.log.records, min_delta=rule.min_delta)
         return None if best is None else best["step"], rule is not None and without >= rule.patience
 
+    def has_ended(self, step: int, gains_nothing: bool) -> bool:
+        """Whether nothing is left to do: all steps are taken and evaluated, or more of them would be in vain."""
+        return gains_nothing or (step == self.config.steps and not self._evaluation_is_due(step))
+
     def go(self, state: TrainState, on_step: StepHook | None) -> TrainState:
         """Take the remaining steps, or those until the run is stopped; what was reached is in a checkpoint."""
         config, step = self.config, int(state.step)
@@ -268,7 +275,7 @@ class _Run:
                         self._check_skipped(step, metrics)
                         self._evaluate(step, state, clock, interrupt)
                         best, gains_nothing = self.standing()
-                    ended = step == config.steps or gains_nothing
+                    ended = self.has_ended(step, gains_nothing)
                     stop = any_process(interrupt.requested)
                     if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
                         self._check_skipped(step, metrics)

@@ -34,6 +34,7 @@ from moka_jax.train import (
 from moka_jax.train.batches import eval_batches
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
+from moka_jax.train.processes import only_run_in
 from tests.moka_jax.train_toys import (
     ToyModel,
     arrays,
@@ -161,6 +162,31 @@ def test_a_keyboard_interrupt_from_the_hook_stops_cleanly_during_an_evaluation(
     assert (result.step, result.interrupted) == (3, True)
     assert [r["step"] for r in read_metrics(result.metrics) if r["kind"] == "eval"] == [0]
     assert_same_end(run(tmp_path), whole)
+
+
+def test_interrupted_in_its_last_evaluation_a_run_is_not_at_its_end(
+    tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]
+) -> None:
+    def press(step: int, *_: Any) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    result, _, printed = run(tmp_path, press)
+    assert (result.step, result.interrupted) == (7, True)
+    assert "interrupted: checkpoint of step 7 saved; start again to go on from there" in " ".join(printed.split())
+    assert 7 not in [r["step"] for r in read_metrics(result.metrics) if r["kind"] == "eval"]
+    again = run(tmp_path)
+    assert (again[0].step, again[0].interrupted) == (7, False)
+    assert_same_end(again, whole)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]) -> None:
+    with only_run_in(whole[0].metrics.parent):
+        before = whole[0].metrics.read_bytes()
+        with pytest.raises(ConfigError, match=r"another run writes into .*; wait for its end"):
+            run(whole[0].metrics.parent.parent)
+        assert whole[0].metrics.read_bytes() == before
+    assert run(whole[0].metrics.parent.parent)[0].resumed_from == 7
 
 
 @pytest.mark.parametrize(

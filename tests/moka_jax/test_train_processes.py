@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from tests.tiny import save_tiny_llama, write_run
 ROOT = Path(__file__).parents[2]
 
 
-def start(config: Path, output: Path, *, count: int = 2, mesh: str = "{data: 2, fsdp: 2}") -> list[subprocess.Popen]:
-    """`moka train`, in several processes, or in one."""
+def start(config: Path, output: Path, *, count: int = 2, settings: Sequence[list[str]] = ((), ())) -> list:
+    """`moka train`, in several processes, or in one, each with settings of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +33,7 @@ def start(config: Path, output: Path, *, count: int = 2, mesh: str = "{data: 2, 
     command = [sys.executable, "-c", "from moka_cli.main import main; main()", "train", str(config)]
     return [
         subprocess.Popen(
-            [*command, f"output={output}", f"mesh={mesh}"],
+            [*command, f"output={output}", "mesh={data: 2, fsdp: 2}", *settings[number]],
             env={**os.environ, **devices, **({**together, "JAX_PROCESS_ID": str(number)} if count > 1 else {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,6 +93,36 @@ def test_two_processes_that_are_killed_and_started_again_end_as_if_nothing_had_h
     ]
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # measured: 0
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_told_other_things_do_not_start(config, tmp_path):
+    other = tmp_path / "other.jsonl"
+    rows = [json.dumps({"prompt": f"add {n} {n}", "completion": f"gives {7 * n + 1}"}) for n in range(48)]
+    other.write_text("\n".join(rows) + "\n")
+    settings = [[], [f"data.train={other}", "optimiser.learning_rate=0.5", "eval_every=7"]]
+    started = start(config, tmp_path / "run", settings=settings)
+    texts = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1], texts
+    for text in texts:
+        assert "expected one config, the same data and the same checkpoints for all; 3 settings differ:" in text
+        assert "eval_every: process 0 has 10, process 1 7" in text
+        assert "training examples: process 0 has" in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_the_processes_were_told_is_compared_name_by_name(monkeypatch):
+    values = {"seed": 3, "optimiser.learning_rate": 0.01, "mesh": {"data": 2}, "checkpoints": [4]}
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+    told = [values, values, {**values, "seed": 4, "checkpoints": []}]
+    monkeypatch.setattr(processes, "_texts_of_all", lambda text: [json.dumps(told[0]), *map(json.dumps, told[1:])])
+    message = (
+        "2 settings differ:\n  checkpoints: process 0 has [4], process 2 []\n  seed: process 0 has 3, process 2 4\n"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        processes.check_agreement(values)
+    del told[2]
+    processes.check_agreement(values)
 
 
 @pytest.mark.parametrize(

@@ -82,14 +82,15 @@ def test_a_run_without_gains_stops_early_and_goes_on_with_more_patience(tmp_path
     assert_same_end(longer, run(tmp_path / "straight", **patient))
 
 
-def test_early_stopping_needs_the_losses_up_to_the_checkpoint(tmp_path: Path) -> None:
+def test_without_the_losses_up_to_the_checkpoint_a_run_does_not_go_on(tmp_path: Path) -> None:
+    """It would take a later checkpoint for the best one, and delete that."""
     result, _, _ = run(tmp_path, **IMPATIENT)
     result.metrics.unlink()
-    message = (
-        r"metrics.jsonl: expected the held-out losses up to step 2, which early stopping compares with; there are none"
-    )
-    with pytest.raises(DataError, match=message):
-        run(tmp_path, **IMPATIENT)
+    message = r"metrics.jsonl: expected the held-out losses up to step 2, which say what the best checkpoint is"
+    for changes in (IMPATIENT, IMPATIENT | {"early_stopping": None}):
+        with pytest.raises(DataError, match=message):
+            run(tmp_path, **changes)
+    assert checkpoint_steps(result.checkpoints) == [1, 2]
 
 
 def test_the_best_checkpoint_is_kept_though_the_run_goes_on(tmp_path: Path) -> None:
