@@ -160,13 +160,13 @@ def read_prompts(file: Path) -> list[str]:
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool = False) -> list[int]:
     """The tokens that the model reads: the prompt as a user's message if the tokenizer has a chat template."""
-    if raw or tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
-    from moka_jax.train.data import chat_text
+    from moka_jax.train.data import chat_text, start_tokens
 
-    message = [{"role": "user", "content": prompt}]
-    text = chat_text(message, tokenizer, tokenizer.get_chat_template(), prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start, text = start_tokens(tokenizer), prompt
+    if not raw and tokenizer.chat_template is not None:
+        message = [{"role": "user", "content": prompt}]
+        start, text = [], chat_text(message, tokenizer, tokenizer.get_chat_template(), prompt=True)
+    return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, base: Path | None = None) -> list[int]:

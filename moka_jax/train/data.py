@@ -318,12 +318,21 @@ def _mark_plain(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tup
             f"prompt and completion share a token (token {_first_difference(whole, prompt)} of the prompt); "
             "move white space from the end of the prompt to the start of the completion"
         )
-    bos = tokenizer.bos_token_id
-    start = [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
+    start = start_tokens(tokenizer)
     tokens = np.array([*start, *whole, tokenizer.eos_token_id], np.int32)
     mask = np.ones(len(tokens), bool)
     mask[: max(1, len(start) + len(prompt))] = False
     return tokens, mask
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before a text that no chat template wrote, in training and in generation alike.
+
+    The start token if the tokenizer writes one. What else it would add, such as an end token, would tell the model that
+    a prompt is over before its answer has begun.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
 
 
 def _shorten(tokens: np.ndarray, mask: np.ndarray, max_length: int) -> Example:

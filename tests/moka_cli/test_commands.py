@@ -202,6 +202,18 @@ def test_generation_reads_the_prompt_that_training_taught(tmp_path, template):
     assert tokenizer.decode(taught).startswith(("\n\n", "26 Jul 2024"))
 
 
+@pytest.mark.parametrize("added", [{}, {"bos": True}, {"eos": True}, {"bos": True, "eos": True}], ids=str)
+def test_generation_reads_the_plain_prompt_that_training_taught(tmp_path, added):
+    """Also where the tokenizer would add an end token: after one there is nothing to complete."""
+    tokenizer = make_tokenizer(None, **added)
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "what?", "completion": " that."}) + "\n")
+    example = load_dataset(path, tokenizer).examples[0]
+    taught = example.tokens[: int(np.argmax(example.loss_mask))].tolist()
+    assert prompt_tokens(tokenizer, "what?") == prompt_tokens(tokenizer, "what?", raw=True) == taught
+    assert tokenizer.decode(taught) == "<s>" * added.get("bos", False) + "what?"
+
+
 def test_a_prompt_beyond_the_context_is_refused_before_the_weights_are_read(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(moka_cli.generate, "load_model", None)
     assert call("generate", "--base", base, "--prompt", "word " * 60) == 1

@@ -33,18 +33,23 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tokenizer(
-    template: str | None = TEMPLATE, *, merges: tuple[tuple[str, str], ...] = (), bos: bool = False
+    template: str | None = TEMPLATE,
+    *,
+    merges: tuple[tuple[str, str], ...] = (),
+    bos: bool = False,
+    eos: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, and one for each merge; `bos` makes the tokenizer add <s> to plain texts."""
+    """One token a byte, and one for each merge; `bos` and `eos` make the tokenizer add <s> and </s> to plain texts."""
     words = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
-    if bos:
+    if bos or eos:
         from tokenizers.processors import TemplateProcessing
 
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
+        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = template
     return fast
