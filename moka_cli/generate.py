@@ -40,11 +40,15 @@ def run_generate(
     from conversion import load_adapter, open_base
     from moka_jax import import_adapter
     from moka_jax.llama import LlamaConfig, Sampling, check_prompts
+    from moka_jax.train.data import text_problem
 
     # everything that can be refused is refused before the weights are read
     sampling = Sampling(**settings)
     if batch_size < 1:
         raise ConfigError(f"batch-size: expected at least 1; got {batch_size}")
+    for number, prompt in enumerate(prompts, start=1):
+        if problem := text_problem(prompt):
+            raise DataError(f"--prompt, number {number}: {problem}")
     texts = [*prompts, *([] if prompts_file is None else read_prompts(prompts_file))]
     if not texts:
         raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
@@ -129,6 +133,8 @@ def read_prompts(file: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read or holds no prompt, or lines are not as expected (all are listed).
     """
+    from moka_jax.train.data import text_problem
+
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -141,7 +147,7 @@ def read_prompts(file: Path) -> list[str]:
         if file.suffix == ".jsonl":
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # the latter from lists inside of lists inside of lists …
                 problems.append(f"line {number}: expected JSON; {error}")
                 continue
             prompt = found.get("prompt") if isinstance(found, dict) else found
@@ -149,6 +155,9 @@ def read_prompts(file: Path) -> list[str]:
                 problems.append(
                     f'line {number}: expected a JSON string, or an object with a string "prompt"; got {found!r}'
                 )
+                continue
+            if problem := text_problem(prompt):
+                problems.append(f"line {number}: {problem}")
                 continue
         prompts.append(prompt)
     if problems:

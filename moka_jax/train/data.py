@@ -190,6 +190,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise _LineProblem(f"expected UTF-8; byte {error.start} is not") from None
     except json.JSONDecodeError as error:
         raise _LineProblem(f"not valid JSON: {error.msg} at column {error.colno}; one line is one example") from None
+    except (ValueError, RecursionError) as error:  # a number too long for Python; lists inside of lists inside of …
+        raise _LineProblem(f"JSON that cannot be read: {error}; an example is one object of texts") from None
     if not isinstance(value, dict):
         raise _LineProblem(f"expected an object such as {{'prompt': …, 'completion': …}}; got {_short(value)}")
     kinds = [kind for kind in (("prompt", "completion"), ("messages",), ("text",)) if set(kind) & set(value)]
@@ -261,8 +263,8 @@ def _chat_texts(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBa
     try:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         return tuple(text for turn in turns for text in (write(turn, prompt=True), write(turn + 1, prompt=False)))
-    except jinja2.TemplateError as error:
-        raise _LineProblem(f"the tokenizer's chat template refuses these messages: {error}") from None
+    except DataError as error:
+        raise _LineProblem(str(error)) from None
 
 
 def chat_text(
@@ -273,10 +275,21 @@ def chat_text(
     Args:
         template: of `tokenizer.get_chat_template()`.
         prompt: add what comes before an assistant's answer.
+
+    Raises:
+        DataError: the template refuses these messages, or fails.
     """
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=_FIXED_DATE + template, tokenize=False, add_generation_prompt=prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=_FIXED_DATE + template, tokenize=False, add_generation_prompt=prompt
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
+    except Exception as error:  # noqa: BLE001  (a template is a program of somebody else's, and may fail in any way)
+        raise DataError(
+            f"the tokenizer's chat template fails on these messages: {type(error).__name__}: {error}; correct the "
+            "template, or do without it (data.chat_template: false, generate --raw)"
+        ) from error
     assert isinstance(text, str)
     return text
 
@@ -350,9 +363,16 @@ def _string(name: str, value: Any, *, empty_ok: bool) -> str:
         raise _LineProblem(f"{name}: expected text; got {_short(value)}")
     if not empty_ok and not value.strip():
         raise _LineProblem(f"{name}: expected text to learn; got {_short(value)}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise _LineProblem(f"{name}: holds half of a surrogate pair, which is no character")
+    if problem := text_problem(value):
+        raise _LineProblem(f"{name}: {problem}")
     return value
+
+
+def text_problem(text: str) -> str | None:
+    """Why no tokenizer can read a text, if it is so, in training and in generation alike."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "holds half of a surrogate pair, which is no character"
+    return None
 
 
 def _first_difference(whole: list[int], prefix: list[int]) -> int:

@@ -163,6 +163,10 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
             ["generate", "--base", "nowhere", "--prompt", "x", "--batch-size", "0"],
             "batch-size: expected at least 1; got 0",
         ),
+        (
+            ["generate", "--base", "nowhere", "--prompt", "x", "--prompt", "a \udcff"],
+            "--prompt, number 2: holds half of a surrogate pair",
+        ),
         (["demo", "--steps", "0"], "steps: expected at least 1; got 0"),
     ],
 )
@@ -302,6 +306,9 @@ def test_text_that_comes_token_by_token_is_the_same_text_in_whole_characters(tex
             'line 1: expected a JSON string, or an object with a string "prompt"; got',
         ),
         ("p.jsonl", '"ok"\n{', "line 2: expected JSON; "),
+        ("p.jsonl", '"ok"\n' + "[" * 100_000, "line 2: expected JSON; maximum recursion depth exceeded"),
+        ("p.jsonl", '"ok"\n' + "1" * 5000, "line 2: expected JSON; Exceeds the limit"),
+        ("p.jsonl", '"ok"\n"a \\ud800 b"', "line 2: holds half of a surrogate pair, which is no character"),
         ("p.txt", "\n  \n", "expected at least one prompt; the file is empty"),
     ],
 )
@@ -309,6 +316,16 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path, capsys, name
     (tmp_path / name).write_text(text)
     assert call("generate", "--base", "nowhere", "--prompts", tmp_path / name) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ raise_exception('not so') }}"])
+def test_a_chat_template_that_fails_is_told_in_generation_too(base, tmp_path, capsys, template):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(template)
+    assert call("generate", "--base", folder, "--prompt", "x") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("moka: error: the tokenizer's chat template ")
+    assert "foresaw" not in told
 
 
 def test_a_plain_file_has_one_prompt_a_line(tmp_path):

@@ -114,6 +114,8 @@ def test_a_prompt_that_fills_the_length_is_refused_with_numbers(tmp_path: Path) 
     ("line", "message"),
     [
         ('{"text": ', "not valid JSON: Expecting value at column 9"),
+        ("[" * 100_000, "JSON that cannot be read: maximum recursion depth exceeded"),
+        ('{"text": ' + "1" * 5000 + "}", "JSON that cannot be read: Exceeds the limit"),
         ("[1]", "expected an object such as {'prompt': …, 'completion': …}; got [1]"),
         ('{"text": "a", "text": "b"}', "key 'text' is given twice"),
         ({}, "expected the keys 'prompt' and 'completion', or 'messages', or 'text'; got none of these: no keys"),
@@ -189,6 +191,11 @@ def test_a_template_that_says_no_is_reported(tmp_path: Path) -> None:
     strict = "{{ raise_exception('no system messages here') }}"
     with pytest.raises(DataError, match=r"d.jsonl:1: .* template refuses these messages: no system messages here"):
         load(tmp_path, [CHAT], template=strict)
+
+
+def test_a_template_that_fails_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d.jsonl:1: .* template fails on these messages: ZeroDivisionError: division"):
+        load(tmp_path, [CHAT], template="{{ 1 / 0 }}")
 
 
 def test_a_template_without_the_answer_is_refused(tmp_path: Path) -> None:
