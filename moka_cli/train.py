@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from moka_jax.llama import Llama
     from moka_jax.train import TrainConfig, TrainResult
     from moka_jax.train.saved import Which
+
+# What a tokenizer's JSON objects are called in a model folder; those that transformers writes no more may be there.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def run_train(config_file: Path, overrides: list[str]) -> None:
@@ -172,7 +176,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder.
 
     Raises:
-        ModelError: the folder has none.
+        ModelError: the folder has none, or one that cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -180,4 +184,18 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{base}: no such folder; expected a Hugging Face model folder (config.json, safetensors)")
     if not (Path(base) / "tokenizer.json").is_file() and not (Path(base) / "tokenizer.model").is_file():
         raise ModelError(f"{base}: expected a tokenizer (tokenizer.json or tokenizer.model); found none")
-    return AutoTokenizer.from_pretrained(base)
+    for name in _TOKENIZER_FILES:
+        file = Path(base) / name
+        try:
+            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{file}: expected JSON, as save_pretrained of a tokenizer writes it; {error}") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{file}: expected a JSON object; got {type(values).__name__}")
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exceptions for contents that it cannot use)
+        raise ModelError(
+            f"{base}: expected a tokenizer that transformers can load; got {type(error).__name__}: {error}; "
+            "copy the tokenizer's files from the original model folder"
+        ) from error

@@ -189,6 +189,27 @@ def test_a_model_folder_that_is_no_llama_is_refused_by_name(tmp_path, base, caps
     assert "model_type 'bert' is not supported; supported: llama" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: expected JSON, as save_pretrained of a tokenizer writes it; Expecting"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json: expected JSON, as"),
+        ("tokenizer.json", "[]", "tokenizer.json: expected a JSON object; got list"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json: expected a JSON object; got list"),
+        ("tokenizer.json", "{}", "expected a tokenizer that transformers can load; got "),
+        ("chat_template.jinja", b"\xff", "expected a tokenizer that transformers can load; got UnicodeDecodeError"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused(base, tmp_path, capsys, name, text, message):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert call("generate", "--base", folder, "--prompt", "x") == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"moka: error: {folder}")
+    assert message in told
+    assert "foresaw" not in told
+
+
 def test_examples_may_not_be_longer_than_the_models_context(run, capsys):
     assert call("train", run / "run.yaml", "data.max_length=129", f"output={run / 'long'}") == 1
     assert "data.max_length: expected at most the base model's context of 128; got 129" in capsys.readouterr().err
