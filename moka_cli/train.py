@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moka_jax.llama import Llama
+    from moka_jax.sharding import Layout
     from moka_jax.train import TrainConfig, TrainResult
     from moka_jax.train.saved import Which
 
@@ -49,7 +50,8 @@ def run_dry(config_file: Path, overrides: list[str]) -> None:
     config = TrainConfig.from_yaml(config_file, overrides)
     console = Console()
     with console.status("planning"):
-        plan = plan_memory(abstract_run_model(config), config)
+        planned, _ = preflight(config)
+        plan = plan_memory(planned, config)
     table = Table("on each device", "GB", title=f"{config.base} on {plan.devices} x {plan.device}")
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIGA:.3f}")
@@ -67,19 +69,35 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     from moka_jax.train.processes import is_first, start_processes
 
     start_processes()
-    planned = abstract_run_model(config)
+    planned, tokenizer = preflight(config)
     plan_weights(planned).check()
+    console.quiet = not is_first()
+    with console.status(f"loading {config.base}"):
+        model = load_run_model(config)
+    attach_fresh(model, config)
+    return train(model, tokenizer, config, console=console)
+
+
+def preflight(config: TrainConfig) -> tuple[Llama, PreTrainedTokenizerBase]:
+    """The run's model with shapes in place of arrays, and its tokenizer, once all is refused that can be by now.
+
+    A dry run and a run both begin so: what the one lets pass, the other does not refuse before it has read the data.
+
+    Raises:
+        ConfigError: data.max_length is beyond the base model's context; or see `check_run`, `abstract_run_model`.
+        DataError: see `check_run`.
+        ModelError: see `load_llama`, `load_tokenizer`.
+    """
+    from moka_jax.train.preflight import check_run
+
+    check_run(config, _layout(config))
+    planned = abstract_run_model(config)
     context = planned.config.max_position_embeddings
     if config.data.max_length > context:
         raise ConfigError(
             f"data.max_length: expected at most the base model's context of {context}; got {config.data.max_length}"
         )
-    console.quiet = not is_first()
-    with console.status(f"loading {config.base}"):
-        model = load_run_model(config)
-        tokenizer = load_tokenizer(config.base)
-    attach_fresh(model, config)
-    return train(model, tokenizer, config, console=console)
+    return planned, load_tokenizer(config.base)
 
 
 def run_export(run: Path, out: Path, *, base: Path | None = None, which: Which = "last") -> None:
@@ -160,8 +178,12 @@ def abstract_run_model(config: TrainConfig) -> Llama:
 def _model_options(config: TrainConfig) -> dict[str, Any]:
     import jax.numpy as jnp
 
-    layout = None if config.mesh is None else config.mesh.layout()
-    return {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "attend": config.attend, "layout": layout}
+    options = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "attend": config.attend}
+    return options | {"layout": _layout(config)}
+
+
+def _layout(config: TrainConfig) -> Layout | None:
+    return None if config.mesh is None else config.mesh.layout()
 
 
 def load_model(base: str | Path, *, quantise: str) -> Llama:
@@ -194,7 +216,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
             raise ModelError(f"{file}: expected a JSON object; got {type(values).__name__}")
     try:
         return AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exceptions for contents that it cannot use)
+    except Exception as error:  # tokenizers raises bare Exceptions for contents that it cannot use
         raise ModelError(
             f"{base}: expected a tokenizer that transformers can load; got {type(error).__name__}: {error}; "
             "copy the tokenizer's files from the original model folder"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 _SHOWN = 5
+_NO_EXAMPLE = "expected at least one line with an example; the file has none"
 
 # Some chat templates write today's date. A macro of that name hides the function, so that a run resumed tomorrow
 # learns from the same tokens. (The empty expression keeps a newline with which the template itself may begin.)
@@ -127,7 +128,7 @@ def load_dataset(
         except _LineProblem as problem:
             problems.append(f"{where}: {problem}")
     if not total:
-        raise DataError(f"{path}: expected at least one line with an example; the file has none")
+        raise DataError(f"{path}: {_NO_EXAMPLE}")
     if any(not line.chat for line in lines) and tokenizer.eos_token_id is None:
         raise DataError(
             f"{path}: the tokenizer has no end-of-text token, so an answer would never end; "
@@ -160,6 +161,14 @@ def load_dataset(
         cut=cut,
         digest=digest.hexdigest(),
     )
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise a DataError unless a file can be read and has a line that is not blank; no more of it is read."""
+    if Path(path).is_fifo():
+        return  # what is read from a pipe is gone
+    if next(_raw_lines(path), None) is None:
+        raise DataError(f"{path}: {_NO_EXAMPLE}")
 
 
 def _raw_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -285,7 +294,7 @@ def chat_text(
         )
     except jinja2.TemplateError as error:
         raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
-    except Exception as error:  # noqa: BLE001  (a template is a program of somebody else's, and may fail in any way)
+    except Exception as error:  # a template is a program of somebody else's, and may fail in any way
         raise DataError(
             f"the tokenizer's chat template fails on these messages: {type(error).__name__}: {error}; correct the "
             "template, or do without it (data.chat_template: false, generate --raw)"

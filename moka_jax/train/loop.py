@@ -27,13 +27,13 @@ from moka_jax.train.data import Dataset, load_dataset
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
 from moka_jax.train.optimiser import make_optimiser
-from moka_jax.train.preflight import check_batch, check_packing, check_vocabulary
+from moka_jax.train.preflight import check_packing, check_run, check_vocabulary
 from moka_jax.train.processes import any_process, check_agreement, is_first, only_run_in
 from moka_jax.train.profiler import Profiler
 from moka_jax.train.report import Report
 from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_train_step, start_state
 from moka_jax.train.stopping import best_evaluation, evaluations_without_gain
-from moka_jax.train.tensorboard import TensorBoard, check_tensorboard
+from moka_jax.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,8 +99,9 @@ def train(
         console: where progress is shown; the standard output by default.
 
     Raises:
-        ConfigError: the model has no adapter, or cannot keep packed examples apart; a package is missing; another run
-            writes into `config.output`; several processes were not told the same.
+        ConfigError: the model has no adapter, or cannot keep packed examples apart; the batch does not fit its mesh;
+            `config.output` cannot be written, or another run writes into it; a package is missing; several processes
+            were not told the same.
         DataError: see `load_dataset`; a token is beyond the model's vocabulary; the metrics cannot be read.
         CheckpointError: `config.output` holds another run, or no checkpoint that is sound; one cannot be written.
         TrainingError: too many steps in a row were skipped, the held-out loss is not finite, or the metrics cannot be
@@ -112,17 +113,15 @@ def train(
         raise ConfigError("train: this model has no adapter; attach one first")
     if config.data.packing:
         check_packing(model)
-    if config.tensorboard:
-        check_tensorboard()
+    layout: Layout | None = getattr(model, "layout", None)
+    check_run(config, layout)
     learn = _load(config.data.train, tokenizer, config)
     held_out = None if config.data.eval is None else _load(config.data.eval, tokenizer, config)
     check_vocabulary(model, [learn] if held_out is None else [learn, held_out])
 
     optimiser = make_optimiser(config.optimiser, steps=config.steps)
     state = start_state(optimiser, adapter)
-    layout: Layout | None = getattr(model, "layout", None)
     if layout is not None:
-        check_batch(config.batch_size, layout)
         state = jax.tree.map(lambda leaf: place(np.asarray(leaf), layout.trained(leaf.shape)), state)
     else:
         state = _beside(frozen, state)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moka_cli.generate
+import moka_cli.train
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.generate import TextPieces, prompt_tokens, read_prompts
 from moka_cli.main import main
@@ -192,7 +193,7 @@ def test_a_model_folder_that_is_no_llama_is_refused_by_name(tmp_path, base, caps
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json: expected JSON, as save_pretrained of a tokenizer writes it; Expecting"),
+        ("tokenizer.json", "{", "tokenizer.json: expected JSON, as save_pretrained of a tokenizer writes it; E"),
         ("tokenizer.json", "[" * 100_000, "tokenizer.json: expected JSON, as"),
         ("tokenizer.json", "[]", "tokenizer.json: expected a JSON object; got list"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json: expected a JSON object; got list"),
@@ -210,9 +211,45 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(base, tmp_path, capsys, name
     assert "foresaw" not in told
 
 
-def test_examples_may_not_be_longer_than_the_models_context(run, capsys):
-    assert call("train", run / "run.yaml", "data.max_length=129", f"output={run / 'long'}") == 1
-    assert "data.max_length: expected at most the base model's context of 128; got 129" in capsys.readouterr().err
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.max_length=129"], "data.max_length: expected at most the base model's context of 128; got 129"),
+        (["mesh={data: 2}", "batch_size=3"], "batch_size: expected a multiple of mesh.data · mesh.fsdp, 2; got 3"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
+        (["data.eval=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
+        (["data.train=HERE/empty"], "empty: expected at least one line with an example; the file has none"),
+        (["output=HERE/empty"], "output: expected a folder that can be made and written into, "),
+        (["output=HERE/empty/x"], "output: expected a folder that can be made and written into, "),
+        (["output=/proc/nowhere/x"], "output: expected a folder that can be made and written into, /proc/nowhere/x; "),
+        ([f"output={'x' * 300}"], "File name too long"),
+        (["output=HERE/swapped"], "swapped/metrics.jsonl to be a file, as a run writes it, or not to be there; it is"),
+        (["base=HERE/no_tokenizer"], "no_tokenizer: expected a tokenizer (tokenizer.json or tokenizer.model)"),
+    ],
+)
+def test_what_a_run_refuses_its_dry_run_refuses_and_nothing_is_loaded(
+    run, base, tmp_path, capsys, monkeypatch, changes, message, dry
+):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "swapped" / "metrics.jsonl").mkdir(parents=True)
+    shutil.copytree(base, tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(moka_cli.train, "load_run_model", None)
+    changes = [change.replace("HERE", str(tmp_path)) for change in changes]
+    if not changes[0].startswith("output="):
+        changes.append(f"output={tmp_path / 'new' / 'out'}")
+    assert call("train", run / "run.yaml", *changes, *dry) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "foresaw" not in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_plans_and_leaves_nothing(run, tmp_path, capsys):
+    assert call("train", run / "run.yaml", "--dry-run", f"output={tmp_path / 'new' / 'out'}") == 0
+    assert "together" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("template", ["\n\n" + TEMPLATE, "{{ strftime_now('%d %b %Y') }}" + TEMPLATE])

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from moka_core import ConfigError, DataError, MokaConfig
 from moka_jax import MokaParam
+from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train import (
     CheckpointError,
     TrainingError,
@@ -285,6 +286,28 @@ def test_a_constant_rate_can_go_on_for_longer_but_not_back(tmp_path: Path) -> No
 def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"this model has no adapter; attach one first"):
         run(tmp_path, model=ToyModel(261))
+
+
+def test_what_needs_no_tokens_is_refused_before_there_are_any(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("moka_jax.train.loop.load_dataset", None)
+    model = make_model()
+    model.layout = Layout(make_mesh(data=2))
+    with pytest.raises(ConfigError, match=r"batch_size: expected a multiple of mesh.data · mesh.fsdp, 2; got 3"):
+        run(tmp_path, model=model)
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"output: expected a folder .*run; \[Errno 20\] it is a file"):
+        run(tmp_path)
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoints", "profile", "tensorboard"):
+        (tmp_path / "run" / name).touch()
+    with pytest.raises(ConfigError, match=r"output: expected .*checkpoints to be a folder, .* it is a file; move it"):
+        run(tmp_path)
+    (tmp_path / "run" / "checkpoints").unlink()
+    with pytest.raises(ConfigError, match=r"output: expected .*profile to be a folder, .* it is a file; move it"):
+        run(tmp_path, profile={"start": 1, "steps": 1})
+    with pytest.raises(TypeError, match="NoneType"):  # what it does not write may be as it likes
+        run(tmp_path)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
