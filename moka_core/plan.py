@@ -255,7 +255,7 @@ def plan_model(
     rules: list[Sequence[str] | str] = [targets] if isinstance(targets, str) else [[target] for target in targets]
     for rule in rules:
         if not any(matches(rule, path) for path in (*layers, *excluded)):
-            raise TargetError(_no_match(rule if isinstance(rule, str) else rule[0], layers))
+            raise TargetError(_no_match(rule, layers))
     targeted = {path: dims for path, dims in layers.items() if matches(targets, path)}
     chosen = {path: dims for path, dims in targeted.items() if path not in excluded}
     if not chosen:
@@ -301,12 +301,19 @@ def lora_parameters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str
     return sum(rank * (out + in_) for path, (out, in_) in layers.items() if matches(targets, path))
 
 
-def _no_match(target: str, layers: Iterable[str]) -> str:
+def _no_match(rule: Sequence[str] | str, layers: Iterable[str]) -> str:
+    """Why nothing is a target; `rule` as `matches` takes it, with one name at most."""
     leaves = sorted({path.rpartition(".")[2] for path in layers})
+    target = rule if isinstance(rule, str) else rule[0]
     near = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=3, cutoff=0.5)
+    start = f"target_modules: {target!r} matches no linear layer of this model"
+    end = f"Its linear layers: {', '.join(leaves) if leaves else 'none at all'}"
+    if isinstance(rule, str) and rule != ALL_LINEAR:
+        named = [leaf for leaf in leaves if leaf in re.findall(r"\w+", rule)] or near
+        hint = f", such as [{', '.join(named)}]" if named else ""
+        return f"{start}: text is a regular expression for a layer's whole path; give names as a list{hint}. {end}"
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else "nothing there has a similar name."
-    names = ", ".join(leaves) if leaves else "none at all"
-    return f"target_modules: {target!r} matches no linear layer of this model; {hint} Its linear layers: {names}"
+    return f"{start}; {hint} {end}"
 
 
 def _unsquareness(shape: KronShape) -> float:

@@ -214,7 +214,18 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.0.self_attn
         ),
         (["q_proj", "w1"], "'w1' matches no linear layer of this model; nothing there has a similar name. Its linear"),
         (["proj"], "target_modules: 'proj' matches no linear layer of this model; did you mean"),
-        (r"q_proj", "target_modules: 'q_proj' matches no linear layer"),
+        (
+            "q_proj",
+            "target_modules: 'q_proj' matches no linear layer of this model: text is a regular expression for a "
+            "layer's whole path; give names as a list, such as [q_proj]. Its linear layers: q_proj, v_proj",
+        ),
+        ("q_proj, v_proj", "give names as a list, such as [q_proj, v_proj]. Its linear"),
+        (".*self_attn.q_prj", "whole path; give names as a list, such as [q_proj, v_proj]. Its linear"),
+        (
+            ".*w1",
+            "'.*w1' matches no linear layer of this model: text is a regular expression for a layer's whole path; "
+            "give names as a list. Its linear layers: q_proj, v_proj",
+        ),
         ("[", "target_modules: '[' is no regular expression"),
     ],
 )
