@@ -98,6 +98,7 @@ CASES: tuple[LayerCase, ...] = (
         shapes=((1, 2, 3, 12, 12), (3, 4, 6, 6, 6)),
         settings={"identity": "b", "zero_factor": "a", "gate": "uniform"},
     ),
+    LayerCase(name="many copies", out_features=12, in_features=20, settings={"r": 18, "num_shapes": 1}),
 )
 
 
