@@ -199,7 +199,8 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
     identity factor all r terms share one block shape.
 
     Raises:
-        ConfigError: a dimension of the layer is no positive whole number.
+        ConfigError: a dimension of the layer is no positive whole number, or r gives some shape more terms than the
+            layer has entries: so many products of one shape repeat each other, one being a weighted sum of others.
     """
     for name, value in (("out_features", out_features), ("in_features", in_features)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -209,12 +210,24 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
             return plan
     if config.identity != "none":
         shape = block_shape(out_features, in_features, entries=config.block_entries, identity=config.identity)
+        _check_terms(config.r, 1, out_features, in_features)
         groups = [ShapeGroup(shape, config.r)]
     else:
         shapes = balanced_shapes(out_features, in_features)[: min(config.num_shapes, config.r)]
+        _check_terms(config.r, len(shapes), out_features, in_features)
         share, rest = divmod(config.r, len(shapes))
         groups = [ShapeGroup(shape, share + (position < rest)) for position, shape in enumerate(shapes)]
     return LayerPlan(out_features=out_features, in_features=in_features, groups=tuple(groups))
+
+
+def _check_terms(r: int, shapes: int, out_features: int, in_features: int) -> None:
+    most = shapes * out_features * in_features
+    if r > most:
+        raise ConfigError(
+            f"r: expected at most {most:,} terms on a layer {out_features}x{in_features}, for each of its shapes "
+            f"({shapes}) as many as the layer has entries, beyond which one is a weighted sum of others; got {r:,}; "
+            "lower r, or give such layers an r of their own in r_pattern"
+        )
 
 
 def matches(target_modules: Sequence[str] | str, path: str) -> bool:

@@ -142,6 +142,14 @@ def test_a_layer_without_dimensions_is_refused(out: Any, in_: Any, settings: dic
         plan_layer(MokaConfig(**settings), out, in_)
 
 
+@pytest.mark.parametrize(("settings", "most"), [({}, 5 * 64), ({"num_shapes": 2}, 2 * 64), ({"identity": "a"}, 64)])
+def test_more_terms_than_can_differ_are_refused(settings: dict[str, Any], most: int) -> None:
+    assert plan_layer(MokaConfig(r=most, **settings), 4, 16).terms == most
+    message = f"r: expected at most {most} terms on a layer 4x16, .*; got {most + 1}; lower r"
+    with pytest.raises(ConfigError, match=message):
+        plan_layer(MokaConfig(r=most + 1, **settings), 4, 16)
+
+
 PATHS = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.11.self_attn.q_proj",
