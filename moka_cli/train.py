@@ -166,12 +166,26 @@ def load_run_model(config: TrainConfig) -> Llama:
 
 
 def abstract_run_model(config: TrainConfig) -> Llama:
-    """The same with shapes in place of weights, and the adapter that the run starts from."""
+    """The same with the adapter that the run starts from, and shapes in place of all arrays."""
+    from flax import nnx
+
     from conversion import open_base
+    from moka_jax import MokaLinear
     from moka_jax.llama.load import abstract_llama
+    from moka_jax.sites import linear_sites, replace_module
 
     model = abstract_llama(open_base(config.base, quantise=config.quantise), **_model_options(config))
-    attach_fresh(model, config)
+
+    def attached(model: Llama) -> Llama:
+        attach_fresh(model, config)
+        return model
+
+    # nothing is drawn, but the base's arrays lose where they will be: its layers are put back
+    bases = {site.path: site.module for site in linear_sites(model)}
+    for site in linear_sites(nnx.eval_shape(attached, model)):
+        if isinstance(site.module, MokaLinear):
+            site.module.base = bases[site.path]
+            replace_module(model, site.path, site.module)
     return model
 
 

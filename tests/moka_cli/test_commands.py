@@ -7,17 +7,21 @@ import json
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import moka_cli.generate
 import moka_cli.train
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.generate import TextPieces, prompt_tokens, read_prompts
 from moka_cli.main import main
+from moka_cli.train import abstract_run_model, attach_fresh, load_run_model
 from moka_core import MokaConfig, plan_layer
 from moka_core.execution import plan_execution
-from moka_jax.train import load_dataset
+from moka_jax import MokaParam
+from moka_jax.train import TrainConfig, load_dataset
 from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama, write_run
 
@@ -220,6 +224,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(base, tmp_path, capsys, name
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
         (["data.eval=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
         (["data.train=HERE/empty"], "empty: expected at least one line with an example; the file has none"),
+        (["adapter.r=1000000"], "r: expected at most 81,920 terms on a layer 128x128, for each of its shapes (5) as"),
         (["output=HERE/empty"], "output: expected a folder that can be made and written into, "),
         (["output=HERE/empty/x"], "output: expected a folder that can be made and written into, "),
         (["output=/proc/nowhere/x"], "output: expected a folder that can be made and written into, /proc/nowhere/x; "),
@@ -244,6 +249,18 @@ def test_what_a_run_refuses_its_dry_run_refuses_and_nothing_is_loaded(
     assert message in told
     assert "foresaw" not in told
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_planning_makes_no_array_and_tells_where_each_will_be(run):
+    config = TrainConfig.from_yaml(run / "run.yaml", ["mesh={fsdp: 2}"])
+    _, adapter, frozen = nnx.split(abstract_run_model(config), MokaParam, ...)
+    assert len(jax.tree.leaves(adapter)) == 2 * (2 * 5 + 1)  # of q_proj and v_proj, five shapes and the gate
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((adapter, frozen)))
+    model = load_run_model(config)
+    attach_fresh(model, config)
+    _, _, loaded = nnx.split(model, MokaParam, ...)
+    assert [leaf.sharding for leaf in jax.tree.leaves(frozen)] == [leaf.sharding for leaf in jax.tree.leaves(loaded)]
+    assert any(any(leaf.sharding.spec) for leaf in jax.tree.leaves(frozen))
 
 
 def test_a_dry_run_plans_and_leaves_nothing(run, tmp_path, capsys):
