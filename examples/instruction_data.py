@@ -80,7 +80,9 @@ def prompt_and_answer(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -
     They become tokens apart from each other, so that the prompt's are those that the model is asked with later.
     """
     if tokenizer.chat_template is None:
-        prompt = tokenizer(row["prompt"])["input_ids"]
+        # a start token if there is one, but no end token, which some tokenizers add: the answer is still to come
+        start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+        prompt = start + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         return prompt, tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     asked = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))

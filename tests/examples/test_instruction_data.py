@@ -67,6 +67,15 @@ def test_prompts_that_leave_no_room_for_an_answer_are_counted(run, base, data):
     assert "--max-length 10: 40 of 40 prompts" in run(max_length=10)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_no_end_token_stands_between_a_plain_prompt_and_its_answer(bos, eos):
+    tokenizer = make_tokenizer(None, bos=bos, eos=eos)
+    prompt, answer = instruction_data.prompt_and_answer(ROW, tokenizer)
+    assert tokenizer.decode(prompt) == "<s>" * bos + ROW["prompt"]
+    assert tokenizer.decode(answer) == ROW["completion"] + "</s>"
+
+
 @pytest.mark.parametrize("held_out", [0, 40, 64])
 def test_something_is_held_out_and_something_is_left(run, held_out):
     said = run(held_out=held_out)
