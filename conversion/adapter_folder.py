@@ -57,6 +57,11 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
     Raises:
         AdapterError: the adapter is not sound, or the folder exists.
     """
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"save_adapter: expected an Adapter, as export_adapter gives, as the first argument; got "
+            f"{type(adapter).__name__}"
+        )
     adapter.validate()
     target = Path(folder)
     if target.exists() and not overwrite:

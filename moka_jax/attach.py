@@ -41,8 +41,11 @@ def attach(
             layers that are meant are Linen's, behind `nnx.bridge.ToNNX`.
         ConfigError: the model is adapted already, or a shape does not fit, or the execution is unknown.
     """
+    _check_model("attach", model)
     if isinstance(config, str):
         config = preset(config, getattr(model, "architecture", None))
+    if not isinstance(config, MokaConfig):
+        raise ConfigError(f"attach: expected a MokaConfig or a preset's name; got {type(config).__name__}")
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("attach: this model has an adapter already; merge it first, or start from the base model")
@@ -95,6 +98,12 @@ def import_adapter(
     Raises:
         AdapterError: the adapter is not sound, is for other layers or shapes, or for another base.
     """
+    _check_model("import_adapter", model)
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"import_adapter: expected an Adapter, as conversion.load_adapter reads from a folder; got "
+            f"{type(adapter).__name__}"
+        )
     adapter.validate()
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
@@ -147,6 +156,12 @@ def merge(model: nnx.Module) -> nnx.Module:
     if hasattr(model, "base_fingerprint"):
         model.base_fingerprint = None  # it is another model now
     return model
+
+
+def _check_model(verb: str, model: nnx.Module) -> None:
+    if not isinstance(model, nnx.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"{verb}: expected a model, an instance of nnx.Module, as the first argument; got {got}")
 
 
 def check_base(adapter: str | None, model: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
@@ -28,7 +28,7 @@ class Site:
     names: tuple[str, ...]
     layers: int | None
     dims: tuple[int, int]  # (out_features, in_features)
-    module: Any
+    module: Any = field(repr=False)
     problem: str | None = None
 
     @property

@@ -242,6 +242,9 @@ class _Run:
             )
             if not any(record["kind"] == "data" and record["split"] == split for record in self.log.records):
                 self._write({"kind": "data", "step": 0, "split": split, **counts})
+        used = 1 if self.layout is None else self.layout.mesh.size
+        if used < jax.device_count():
+            self.report.say(f"this run uses {used} of {jax.device_count()} devices; mesh spreads it over more")
         if resumed_from is None:
             return
         for step, why in damaged.items():
@@ -387,7 +390,8 @@ class _Run:
         assert rule is not None
         assert best is not None
         self.report.say(
-            f"stopped early after step {step}: no gain in {rule.patience} evaluation{'s' * (rule.patience > 1)}; "
+            f"stopped early after step {step}: no gain{f' of more than {rule.min_delta}' if rule.min_delta else ''} in "
+            f"{rule.patience} evaluation{'s' * (rule.patience > 1)}; "
             f"the lowest held-out loss, {best['loss']:.4f}, is that of step {best['step']}"
         )
 

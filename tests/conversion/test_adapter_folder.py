@@ -296,6 +296,12 @@ def test_an_unsound_adapter_is_refused_before_anything_is_written(tmp_path: Path
     assert os.listdir(tmp_path) == []
 
 
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="expected an Adapter, as export_adapter gives, .* got str"):
+        save_adapter(str(tmp_path / "a"), tmp_path / "b")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_parents_are_made_and_the_files_are_readable_by_others(tmp_path: Path) -> None:
     folder = save_adapter(golden(), tmp_path / "x" / "y" / "a")
     assert folder.stat().st_mode & 0o555 == 0o555

@@ -217,6 +217,17 @@ def test_attach_or_import_on_an_adapted_model_is_refused():
     refused(model, ConfigError, lambda m: import_adapter(m, random_adapter(tiny_llama())), "has an adapter already")
 
 
+def test_arguments_of_another_kind_are_refused_by_name():
+    adapter = random_adapter(tiny_llama())
+    for error, act, message in (
+        (AdapterError, lambda m: import_adapter(m, "folder"), "expected an Adapter, as conversion.load_adapter reads"),
+        (ConfigError, lambda m: import_adapter(adapter, m), "import_adapter: expected a model"),
+        (ConfigError, lambda _: attach(Foreign, CONFIG), "as the first argument; got the class Foreign"),
+        (ConfigError, lambda m: attach(m, {"r": 5}), "expected a MokaConfig or a preset's name; got dict"),
+    ):
+        refused(tiny_llama(), error, act, message)
+
+
 def test_export_or_merge_without_an_adapter_is_refused():
     refused(tiny_llama(), AdapterError, export_adapter, "export_adapter: this model has no adapter; attach one")
     refused(tiny_llama(), AdapterError, merge, "merge: this model has no adapter; attach one")

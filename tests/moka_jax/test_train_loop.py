@@ -308,6 +308,14 @@ def test_what_needs_no_tokens_is_refused_before_there_are_any(tmp_path: Path, mo
         run(tmp_path, profile={"start": 1, "steps": 1})
     with pytest.raises(TypeError, match="NoneType"):  # what it does not write may be as it likes
         run(tmp_path)
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"output: expected a folder for this run alone; .* holds a model"):
+        run(tmp_path)
+
+
+def test_devices_that_a_run_leaves_idle_are_told(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    assert jax.device_count() > 1
+    assert f"this run uses 1 of {jax.device_count()} devices" in " ".join(whole[2].split())
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
