@@ -297,7 +297,7 @@ def test_an_unsound_adapter_is_refused_before_anything_is_written(tmp_path: Path
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="expected an Adapter, as export_adapter gives, .* got str"):
+    with pytest.raises(AdapterError, match=r"expected an Adapter, as export_adapter gives, .* got str"):
         save_adapter(str(tmp_path / "a"), tmp_path / "b")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

@@ -68,10 +68,8 @@ def test_a_run_without_gains_stops_early_and_goes_on_with_more_patience(tmp_path
     assert (result.step, result.stopped_early, result.interrupted) == (2, True, False)
     assert [r["step"] for r in read_metrics(result.metrics) if r["kind"] == "eval"] == [0, 1, 2]
     assert result.best_step == 2
-    assert (
-        f"stopped early after step 2: no gain of more than 1.0 in 2 evaluations; the lowest held-out loss, {result.eval_loss:.4f}, "
-        in (printed)
-    )
+    said = "stopped early after step 2: no gain of more than 1.0 in 2 evaluations; the lowest held-out loss, "
+    assert f"{said}{result.eval_loss:.4f}, " in printed
     assert checkpoint_steps(result.checkpoints) == [1, 2]
     again = run(tmp_path, **IMPATIENT)  # it has ended: nothing is left to do, and nothing changes
     assert (again[0].step, again[0].resumed_from, again[0].stopped_early) == (2, 2, True)
