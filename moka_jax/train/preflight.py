@@ -49,7 +49,7 @@ def check_output(config: TrainConfig) -> None:
     What the run will write may be there of an earlier one, but no file in the place of a folder, and no model.
     """
     folder = Path(config.output)
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):
         raise ConfigError(f"output: expected a folder for this run alone; {folder} holds a model; use another folder")
     is_folder_of = {"metrics.jsonl": False, "checkpoints": True}
     is_folder_of |= {"tensorboard": True} if config.tensorboard else {}
