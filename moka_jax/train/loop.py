@@ -31,7 +31,7 @@ from moka_jax.train.preflight import check_packing, check_run, check_vocabulary
 from moka_jax.train.processes import any_process, check_agreement, is_first, only_run_in
 from moka_jax.train.profiler import Profiler
 from moka_jax.train.report import Report
-from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, make_train_step, start_state
+from moka_jax.train.step import Arrays, Metrics, TrainState, make_eval_step, run_step, start_state
 from moka_jax.train.stopping import best_evaluation, evaluations_without_gain
 from moka_jax.train.tensorboard import TensorBoard
 
@@ -166,14 +166,7 @@ def train(
             board = stack.enter_context(TensorBoard(output / "tensorboard", first_step=first_step))
         run = _Run(
             config=config,
-            train_step=make_train_step(
-                graphdef,
-                optimiser,
-                accumulate=config.accumulate,
-                seed=config.seed,
-                max_skipped_steps=config.max_skipped_steps,
-                layout=layout,
-            ),
+            train_step=run_step(graphdef, optimiser, config, layout=layout),
             eval_step=make_eval_step(graphdef),
             frozen=frozen,
             layout=layout,

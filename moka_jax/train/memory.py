@@ -19,7 +19,7 @@ from moka_jax.sharding import Layout
 from moka_jax.train.batches import padded_length
 from moka_jax.train.config import TrainConfig
 from moka_jax.train.optimiser import make_optimiser
-from moka_jax.train.step import make_train_step, start_state
+from moka_jax.train.step import run_step, start_state
 
 GIGA = 1e9
 
@@ -85,14 +85,7 @@ def plan_memory(model: nnx.Module, config: TrainConfig) -> MemoryPlan:
     if layout is not None:
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.trained(a.shape)), state)
     batch = _largest_batch(config, layout)
-    step: Any = make_train_step(
-        graphdef,
-        optimiser,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        max_skipped_steps=config.max_skipped_steps,
-        layout=layout,
-    )
+    step: Any = run_step(graphdef, optimiser, config, layout=layout)
     with contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh):
         found: Any = step.lower(state, frozen, batch).compile().memory_analysis()
     parts = {

@@ -13,6 +13,7 @@ from flax import nnx
 
 from moka_jax.linear import with_dropout_key
 from moka_jax.sharding import Layout
+from moka_jax.train.config import TrainConfig
 from moka_jax.train.optimiser import Optimiser
 
 Arrays = Mapping[str, jax.Array]
@@ -60,6 +61,20 @@ def summed_loss(logits: jax.Array, batch: Arrays) -> jax.Array:
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["targets"])
     return jnp.sum(jnp.where(batch["loss_mask"], losses, 0.0))
+
+
+def run_step(
+    graphdef: nnx.GraphDef, optimiser: Optimiser, config: TrainConfig, *, layout: Layout | None
+) -> Callable[[TrainState, nnx.State, Arrays], tuple[TrainState, Metrics]]:
+    """`make_train_step` as the config of a run says: for the run, and for the plan of its memory."""
+    return make_train_step(
+        graphdef,
+        optimiser,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        max_skipped_steps=config.max_skipped_steps,
+        layout=layout,
+    )
 
 
 def make_train_step(

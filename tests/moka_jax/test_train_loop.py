@@ -360,7 +360,7 @@ def test_both_steps_are_compiled_once(tmp_path: Path, monkeypatch: pytest.Monkey
     def kept(make: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments, **options: made.append(make(*arguments, **options)) or made[-1]
 
-    monkeypatch.setattr(LOOP, "make_train_step", kept(LOOP.make_train_step))
+    monkeypatch.setattr(LOOP, "run_step", kept(LOOP.run_step))
     monkeypatch.setattr(LOOP, "make_eval_step", kept(LOOP.make_eval_step))
     model = make_model()
     nnx.update(model, jax.device_put(nnx.state(model, nnx.Not(MokaParam)), jax.devices()[0]))
