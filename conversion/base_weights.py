@@ -135,7 +135,7 @@ class BaseFolder:
         """The folder, as an adapter trained on it will name its base."""
         return str(self.folder)
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether the folder holds bitsandbytes' NF4 weights."""
         return any(name.endswith(STATE_KEY) for name in self.files)

@@ -210,13 +210,12 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
             return plan
     if config.identity != "none":
         shape = block_shape(out_features, in_features, entries=config.block_entries, identity=config.identity)
-        _check_terms(config.r, 1, out_features, in_features)
         groups = [ShapeGroup(shape, config.r)]
     else:
         shapes = balanced_shapes(out_features, in_features)[: min(config.num_shapes, config.r)]
-        _check_terms(config.r, len(shapes), out_features, in_features)
         share, rest = divmod(config.r, len(shapes))
         groups = [ShapeGroup(shape, share + (position < rest)) for position, shape in enumerate(shapes)]
+    _check_terms(config.r, len(groups), out_features, in_features)
     return LayerPlan(out_features=out_features, in_features=in_features, groups=tuple(groups))
 
 

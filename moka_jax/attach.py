@@ -144,15 +144,19 @@ def merge(model: nnx.Module) -> nnx.Module:
     sites = [site for site in linear_sites(model) if isinstance(site.module, MokaLinear)]
     if not sites:
         raise AdapterError("merge: this model has no adapter; attach one, or import one, first")
-    dense = [site for site in sites if not isinstance(site.module, MokaGeneral)]
-    special = [f"{dotted(site.path)} ({', '.join(ways)})" for site in dense if (ways := own_ways(site.base))]
+    special = [
+        f"{dotted(site.path)} ({', '.join(ways)})"
+        for site in sites
+        if not isinstance(site.module, MokaGeneral) and (ways := own_ways(site.base))
+    ]
     if special:
         raise AdapterError(
             f"merge: {', '.join(special)} multiplies in a way of its own, which a merged weight would not keep; use "
             "the adapter unmerged"
         )
     for site in sites:
-        replace_module(model, site.path, _merged_general(site) if site not in dense else _merged_linear(site))
+        merged = _merged_general if isinstance(site.module, MokaGeneral) else _merged_linear
+        replace_module(model, site.path, merged(site))
     if hasattr(model, "base_fingerprint"):
         model.base_fingerprint = None  # it is another model now
     return model

@@ -109,15 +109,15 @@ def _linear(module: nnx.Module) -> _Linear | None:
 
 def _site(path: Path, found: Mapping[Path, _Linear], modules: Mapping[Path, Any]) -> Site:
     module, linear = modules[path], found[path]
-    lead = linear.lead
+    lead, layers, problem = linear.lead, None, None
+    names: tuple[str, ...] = (dotted(path),)
     if len(lead) > 1 or linear.shape[len(lead) :] != linear.own:
         problem = f"its weight has the shape {linear.shape}, expected {linear.own}, or that behind one axis of layers"
-        return Site(path=path, names=(dotted(path),), layers=None, dims=linear.dims, module=module, problem=problem)
-    if not lead:
-        return Site(path=path, names=(dotted(path),), layers=None, dims=linear.dims, module=module)
-    prefix, inner = _stack_of(path, found, modules)
-    names = tuple(dotted((*prefix, index, *inner)) for index in range(lead[0]))
-    return Site(path=path, names=names, layers=lead[0], dims=linear.dims, module=module)
+    elif lead:
+        prefix, inner = _stack_of(path, found, modules)
+        layers = lead[0]
+        names = tuple(dotted((*prefix, index, *inner)) for index in range(layers))
+    return Site(path=path, names=names, layers=layers, dims=linear.dims, module=module, problem=problem)
 
 
 def _stack_of(path: Path, found: Mapping[Path, _Linear], modules: Mapping[Path, Any]) -> tuple[Path, Path]:
