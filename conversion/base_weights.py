@@ -140,6 +140,13 @@ class BaseFolder:
         """Whether the folder holds bitsandbytes' NF4 weights."""
         return any(name.endswith(STATE_KEY) for name in self.files)
 
+    @cached_property
+    def quantisation(self) -> Quantise:
+        """How the linear weights come: what was asked for, or how bitsandbytes packed them."""
+        if not self.packed:
+            return self.quantise
+        return "nf4-double" if any(name.endswith(".nested_absmax") for name in self.files) else "nf4"
+
     def tensor(self, name: str) -> np.ndarray:
         """One tensor as it stands in the file.
 

@@ -14,6 +14,7 @@ from moka_core.plan import LayerPlan, plan_layer
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_NAMES = "float32, bfloat16 or float16"
+QUANTISATIONS = ("nf4-double", "nf4", "none")
 _PATH = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 
 
@@ -90,12 +91,15 @@ class Adapter:
             ("model.layers.0.self_attn.q_proj").
         base_fingerprint: digest of the base model that it was trained on, or None if unknown.
         base_model: name or folder of that base, for humans and for PEFT.
+        base_quantisation: how the linear weights of that base were held: one of `QUANTISATIONS`, or None if unknown or
+            in another way. An adapter computes what it computed there on a base that is held alike.
     """
 
     config: MokaConfig
     layers: Mapping[str, LayerFactors]
     base_fingerprint: str | None = None
     base_model: str | None = field(default=None)
+    base_quantisation: str | None = None
 
     def validate(self) -> Adapter:
         """This adapter, if it is sound.
@@ -110,6 +114,10 @@ class Adapter:
         for name, value in (("base_fingerprint", self.base_fingerprint), ("base_model", self.base_model)):
             if value is not None and not isinstance(value, str):
                 problems.append(f"{name}: expected a string or None, got {value!r}")
+        if self.base_quantisation not in (None, *QUANTISATIONS):
+            problems.append(
+                f"base_quantisation: expected {', '.join(QUANTISATIONS)} or None, got {self.base_quantisation!r}"
+            )
         for path, layer in self.layers.items():
             if not isinstance(path, str) or not _PATH.fullmatch(path):
                 problems.append(f"{path!r}: expected a layer's dotted path")
