@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections import Counter, defaultdict
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,21 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from conversion.new_folder import new_folder, set_aside
 from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, LayerPlan, MokaConfig
-from moka_core.adapter import raise_problems, tensor_problems
+from moka_core.adapter import (
+    DTYPES,
+    QUANTISATIONS,
+    expected_tensors,
+    finite_problems,
+    header_problems,
+    raise_problems,
+)
 from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
+from moka_core.seal import FORMAT_VERSION, STORED_DTYPES, adapter_checksum, check_seal, sealed_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 
 # PEFT's own fields, with what we write for them; PEFT fills in the rest when it saves.
@@ -42,7 +49,9 @@ PEFT_FIELDS: dict[str, Any] = {
 # Written by PEFT where they were given. The first say how `layers` was chosen; the second cannot be read here.
 CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BEYOND_MIXTURE = ("modules_to_save", "bias")
-OWN_FIELDS = ("format_version", "base_fingerprint", "layers")
+OWN_FIELDS = ("format_version", "base_fingerprint", "base_quantisation", "layers", "checksum")
+LARGEST_CONFIG = 1 << 26  # bytes; some thousand layers need a thousandth of it
+_READS = 5  # how often a folder is read that is replaced meanwhile
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.moka_(?P<name>factor_[ab]\.\d+|gate_logits)")
 
@@ -53,6 +62,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
     Args:
         adapter: what to write; it is validated first.
         folder: where; it must not exist unless `overwrite`, and its parent is made if needed.
+        overwrite: take the place of an adapter folder, whole: what else stood in it is gone. A process that reads or
+            dies meanwhile sees the old folder or the new one; see `conversion.new_folder`.
 
     Raises:
         AdapterError: the adapter is not sound, or the folder exists.
@@ -68,59 +79,65 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
         raise AdapterError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
     if target.exists() and not (target / CONFIG_FILE).is_file() and (target.is_file() or any(target.iterdir())):
         raise AdapterError(f"{target}: exists and is no adapter folder; it is left as it is, choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = draft.with_name(draft.name + ".old")
-    try:
-        draft.chmod(0o755)
+    with new_folder(target) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(folder_config(adapter), indent=2, sort_keys=True) + "\n")
         save_file(folder_tensors(adapter), draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / WEIGHTS_FILE).chmod(0o644)
-        if target.exists():  # set aside, and gone only once the new one stands
-            target.rename(old)
-        try:
-            draft.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
-def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
+def load_adapter(folder: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
     """The adapter in a folder, with the factors' bits as they were written, by whichever backend.
 
+    Names, shapes, dtypes and sizes are checked from the files' headers before an array is made.
+
+    Args:
+        verify: False takes a folder whose settings or tensors were changed after it was written, if it is valid
+            otherwise: for who changed it on purpose, to save it again.
+
     Raises:
-        AdapterError: a file is missing or unreadable, the config is not MoKA's or not valid, or tensors are
-            missing, unexpected, mis-shaped, of another dtype or not finite; one error lists every problem.
+        AdapterError: a file is missing, unreadable or leads out of the folder, the config is not MoKA's or not valid,
+            the checksum is another, or tensors are missing, unexpected, mis-shaped, of another dtype or not finite;
+            one error lists every problem.
     """
     folder = Path(folder)
-    config, fields = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    config, plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
-
-    by_layer: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    problems = []
-    for key in sorted(tensors):
-        found = _KEY.fullmatch(key)
-        if found is None:
-            problems.append(f"unexpected tensor {key}")
+    for attempt in range(1, _READS + 1):
+        before = _identity(folder)
+        try:
+            adapter = _load(folder, verify=verify)
+        except AdapterError:
+            if attempt == _READS or _identity(folder) == before:
+                raise
         else:
-            by_layer[found["path"]][found["name"]] = tensors[key]
-    problems += [f"unexpected layer {path}" for path in sorted(set(by_layer) - set(plans))]
-    for path, plan in plans.items():
-        problems += tensor_problems(plan, config, by_layer.get(path, {}), where=path)
-    raise_problems(problems, f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says")
-    layers = {path: LayerFactors.from_tensors(plan, config, by_layer[path]) for path, plan in plans.items()}
-    return Adapter(
+            if attempt == _READS or _identity(folder) == before:
+                return adapter
+    raise AssertionError("unreachable")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the one that takes its place."""
+    try:
+        found = folder.stat()
+    except (OSError, ValueError):  # the latter for a name with a null byte
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _load(folder: Path, *, verify: bool) -> Adapter:
+    config, fields = _read_config(folder)
+    config, plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
+    tensors = _read_tensors(folder, config, plans)
+    layers = {path: LayerFactors.from_tensors(plan, config, tensors[path]) for path, plan in plans.items()}
+    adapter = Adapter(
         config=config,
         layers=layers,
         base_fingerprint=fields["base_fingerprint"],
         base_model=fields["base_model_name_or_path"],
+        base_quantisation=fields["base_quantisation"],
     ).validate()
+    if verify:
+        check_seal(fields["checksum"], fields["sealed"], folder_tensors(adapter), where=str(folder))
+    return adapter
 
 
 def folder_config(adapter: Adapter) -> dict[str, Any]:
@@ -132,14 +149,16 @@ def folder_config(adapter: Adapter) -> dict[str, Any]:
         for key, value in stated.items()
         if key not in RUNTIME_FIELDS and (value or key not in PATTERN_FIELDS)
     }
-    return {
+    fields = {
         **PEFT_FIELDS,
         **config,
         "base_model_name_or_path": adapter.base_model,
         "format_version": FORMAT_VERSION,
         "base_fingerprint": adapter.base_fingerprint,
+        "base_quantisation": adapter.base_quantisation,
         "layers": {path: layer.plan.key for path, layer in adapter.layers.items()},
     }
+    return {**fields, "checksum": adapter_checksum(sealed_text(fields), folder_tensors(adapter))}
 
 
 def folder_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -151,16 +170,16 @@ def folder_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     }
 
 
-def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
+def _read_config(folder: Path) -> tuple[MokaConfig, dict[str, Any]]:
+    """The config, and the fields of `OWN_FIELDS` and PEFT; "sealed" is what the checksum covers."""
+    path = _file_of(folder, CONFIG_FILE)
     try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise AdapterError(f"{path}: expected at most {LARGEST_CONFIG:,} bytes; got {path.stat().st_size:,}")
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except OSError:
-        run = (path.parent / "checkpoints").is_dir()
-        hint = f"; {path.parent} is a training run: moka export writes its adapter" if run else ""
-        raise AdapterError(
-            f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}"
-        ) from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object; got {type(values).__name__}")
@@ -169,7 +188,7 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     if type(values.get("format_version")) is not int or values["format_version"] != FORMAT_VERSION:
         raise AdapterError(
             f"{path}: expected format_version {FORMAT_VERSION}; got {values.get('format_version')!r}; "
-            "a higher one needs a newer version of this package"
+            "a higher one needs a newer version of this package, a lower one is from before its first release"
         )
     own = {key: values.get(key) for key in (*PEFT_FIELDS, *OWN_FIELDS, *CHOICE_FIELDS, *BEYOND_MIXTURE)}
     beyond = [key for key in BEYOND_MIXTURE if own[key] not in (None, [], "none")]
@@ -192,7 +211,12 @@ def _read_config(path: Path) -> tuple[MokaConfig, dict[str, Any]]:
     for key in ("base_fingerprint", "base_model_name_or_path"):
         if own[key] is not None and not isinstance(own[key], str):
             raise AdapterError(f"{path}: expected {key} to be a string or null; got {own[key]!r}")
-    return config, own
+    if own["base_quantisation"] not in (None, *QUANTISATIONS):
+        raise AdapterError(
+            f"{path}: expected base_quantisation to be {', '.join(QUANTISATIONS)} or null; got "
+            f"{own['base_quantisation']!r}"
+        )
+    return config, {**own, "sealed": sealed_text(values)}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -221,11 +245,56 @@ def _layer_plans(config: MokaConfig, layers: Mapping[str, Any], path: Path) -> t
     return exact, stated
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise AdapterError(f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
+def _file_of(folder: Path, name: str) -> Path:
+    """A regular file of an adapter folder; a link is followed if it stays in the folder.
+
+    The Hub's cache is let pass: there a folder snapshots/<revision> has links to the files in blobs beside it.
+    """
+    path = folder / name
+    try:
+        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+        there = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):  # the latter for a name with a null byte
+        there = False
+    if not there:
+        run = (folder / "checkpoints").is_dir()
+        hint = f"; {folder} is a training run: moka export writes its adapter" if run else ""
+        if (aside := set_aside(folder)) is not None and not folder.exists():
+            hint = f"; a process died while it replaced the folder, and {aside} is what stood there: rename it"
+        raise AdapterError(f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}")
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(cache):
+        raise AdapterError(f"{path}: is a link that leads out of the folder, to {real}; expected the file itself")
+    return path
+
+
+def _read_tensors(folder: Path, config: MokaConfig, plans: Mapping[str, LayerPlan]) -> dict[str, dict[str, np.ndarray]]:
+    """Every tensor by layer and name; no array is made of one whose header is not what the config says."""
+    path = _file_of(folder, WEIGHTS_FILE)
+    headers: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {layer: {} for layer in plans}
+    arrays: dict[str, dict[str, np.ndarray]] = {layer: {} for layer in plans}
+    names = {stored: dtype for dtype, stored in STORED_DTYPES.items()}
+    unknown, problems = [], []
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            for key in sorted(file.keys()):
+                found = _KEY.fullmatch(key)
+                if found is None:
+                    unknown.append(f"unexpected tensor {key}")
+                elif found["path"] not in plans:
+                    unknown.append(f"unexpected layer {found['path']}")
+                else:
+                    part = file.get_slice(key)
+                    dtype = str(part.get_dtype())
+                    headers[found["path"]][found["name"]] = tuple(part.get_shape()), names.get(dtype, dtype)
+            for layer, plan in plans.items():
+                problems += header_problems(plan, config, headers[layer], where=layer)
+                expected = expected_tensors(plan, config)
+                for name, (shape, dtype) in headers[layer].items():
+                    if expected.get(name) == shape and dtype in DTYPES:
+                        array = arrays[layer][name] = file.get_tensor(f"{PREFIX}{layer}.moka_{name}")
+                        problems += finite_problems(array, f"{layer}: {name}")
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: expected a safetensors file; {error}") from error
+    raise_problems([*dict.fromkeys(unknown), *problems], f"{path} does not hold what {CONFIG_FILE} says")
+    return arrays

@@ -147,6 +147,7 @@ def trained_model(run: Path, *, base: Path | None = None, which: Which = "last")
 
     model = nnx.eval_shape(build)
     model.base_fingerprint, model.base_model = opened.fingerprint, opened.name
+    model.base_quantisation = open_base(folder, quantise=config.quantise).quantisation
     return model, restore_adapter(run, model, which=which)
 
 

@@ -65,20 +65,42 @@ def expected_tensors(plan: LayerPlan, config: MokaConfig) -> dict[str, tuple[int
     return shapes
 
 
+def header_problems(
+    plan: LayerPlan, config: MokaConfig, headers: Mapping[str, tuple[tuple[int, ...], str]], *, where: str
+) -> list[str]:
+    """Everything wrong with the names, shapes and dtypes of one layer's arrays, which need not be read for it.
+
+    Args:
+        headers: (shape, dtype's name) by the array's name.
+        where: the layer's path, for the messages.
+    """
+    expected = expected_tensors(plan, config)
+    problems = [f"{where}: missing {name} {expected[name]}" for name in sorted(set(expected) - set(headers))]
+    problems += [f"{where}: unexpected {name}" for name in sorted(set(headers) - set(expected))]
+    for name in sorted(set(expected) & set(headers)):
+        shape, dtype = headers[name]
+        if tuple(shape) != expected[name]:
+            problems.append(f"{where}: {name} expected shape {expected[name]}, got {tuple(shape)}")
+        elif dtype not in DTYPES:
+            problems.append(f"{where}: {name} expected dtype {DTYPE_NAMES}, got {dtype}")
+    return problems
+
+
 def tensor_problems(plan: LayerPlan, config: MokaConfig, tensors: Mapping[str, np.ndarray], *, where: str) -> list[str]:
     """Everything wrong with one layer's arrays: missing, unexpected, mis-shaped, wrong dtype, not finite."""
+    headers = {name: (array.shape, str(array.dtype)) for name, array in tensors.items()}
+    problems = header_problems(plan, config, headers, where=where)
     expected = expected_tensors(plan, config)
-    problems = [f"{where}: missing {name} {expected[name]}" for name in sorted(set(expected) - set(tensors))]
-    problems += [f"{where}: unexpected {name}" for name in sorted(set(tensors) - set(expected))]
     for name in sorted(set(expected) & set(tensors)):
         array = tensors[name]
-        if tuple(array.shape) != expected[name]:
-            problems.append(f"{where}: {name} expected shape {expected[name]}, got {tuple(array.shape)}")
-        elif str(array.dtype) not in DTYPES:
-            problems.append(f"{where}: {name} expected dtype {DTYPE_NAMES}, got {array.dtype}")
-        elif not np.isfinite(array.astype(np.float32)).all():
-            problems.append(f"{where}: {name} has NaN or infinite entries")
+        if array.shape == expected[name] and str(array.dtype) in DTYPES:
+            problems += finite_problems(array, f"{where}: {name}")
     return problems
+
+
+def finite_problems(array: np.ndarray, what: str) -> list[str]:
+    """That an array of one of `DTYPES` has NaN or infinite entries, or nothing."""
+    return [] if np.isfinite(array.astype(np.float32)).all() else [f"{what} has NaN or infinite entries"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

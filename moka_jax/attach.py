@@ -80,9 +80,12 @@ def export_adapter(model: nnx.Module) -> Adapter:
             layers[name] = site.module.to_factors(None if site.layers is None else index)
             settings[name] = (own, site.module.plan)
     config = MokaConfig.of_layers(settings)
-    fingerprint = getattr(model, "base_fingerprint", None)
     return Adapter(
-        config=config, layers=layers, base_fingerprint=fingerprint, base_model=getattr(model, "base_model", None)
+        config=config,
+        layers=layers,
+        base_fingerprint=getattr(model, "base_fingerprint", None),
+        base_model=getattr(model, "base_model", None),
+        base_quantisation=getattr(model, "base_quantisation", None),
     ).validate()
 
 
@@ -157,8 +160,9 @@ def merge(model: nnx.Module) -> nnx.Module:
     for site in sites:
         merged = _merged_general if isinstance(site.module, MokaGeneral) else _merged_linear
         replace_module(model, site.path, merged(site))
-    if hasattr(model, "base_fingerprint"):
-        model.base_fingerprint = None  # it is another model now
+    for name in ("base_fingerprint", "base_quantisation"):
+        if hasattr(model, name):
+            setattr(model, name, None)  # it is another model now
     return model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import ml_dtypes
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,7 +15,7 @@ from moka_core.adapter import DTYPE_NAMES
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.execution import Execution
 from moka_torch.fingerprint import check_fingerprint
-from moka_torch.loading import adapted_layers, check_peft_model
+from moka_torch.loading import adapted_layers, check_peft_model, to_numpy
 from moka_torch.saving import check_unchanged
 from moka_torch.targets import plan_stated
 from moka_torch.tuner import MokaConfig
@@ -96,6 +95,7 @@ def export_adapter(peft_model: PeftModel, adapter_name: str = "default") -> Adap
         layers=layers,
         base_fingerprint=config.base_fingerprint,
         base_model=config.base_model_name_or_path,
+        base_quantisation=config.base_quantisation,
     )
     return adapter.validate()
 
@@ -147,15 +147,12 @@ def import_adapter(
 
 
 def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
-    tensor = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)  # NumPy pins what it is shown
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    if tensor.dtype not in (torch.float32, torch.float16):
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AdapterError(
             f"{where}: expected {DTYPE_NAMES}; got {tensor.dtype}. Cast the adapter to float32 first "
             "(PEFT does so by default: autocast_adapter_dtype=True)."
         )
-    return tensor.numpy()
+    return to_numpy(tensor)
 
 
 def _preset(name: str, model: nn.Module) -> moka_core.MokaConfig:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from peft import LoKrConfig, LoraConfig, PeftConfig
 
 import moka_core
+from moka_core.adapter import QUANTISATIONS
 from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
 from moka_core.errors import ConfigError
+from moka_core.seal import FORMAT_VERSION, sealed_text
 from moka_torch.targets import stated_dims
 
-FORMAT_VERSION = 1
 _FILE = "adapter_config.json"
 # Fields of adapter_config.json that are there only where they say something.
 OPTIONAL_FIELDS = (
@@ -28,6 +29,7 @@ OPTIONAL_FIELDS = (
     "layers_pattern",
     "modules_to_save",
     "bias",
+    "checksum",
 )
 # Fields that every adapter_config.json must hold; conversion/adapter_folder.py asks for the same.
 REQUIRED_FIELDS = (
@@ -37,14 +39,14 @@ REQUIRED_FIELDS = (
     *(f.name for f in dataclasses.fields(moka_core.MokaConfig) if f.name not in (*RUNTIME_FIELDS, *PATTERN_FIELDS)),
 )
 # Only a file holds these: a dictionary that a user writes for `peft.get_peft_config` may leave out what it likes.
-_FILE_FIELDS = ("format_version", "layers", "base_fingerprint", "peft_version")
+_FILE_FIELDS = ("format_version", "layers", "base_fingerprint", "base_quantisation", "checksum", "peft_version")
 # How the layers were chosen; read only where `layers` does not state them.
 CHOICE_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What `get_peft_model` fills in, from the model.
-STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint")
+STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint", "base_quantisation")
 BIASES = ("none", "all", "moka_only")
 # Fields that say how an adapter is made or computed, not what it is.
-OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "filled_in")
+OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "filled_in", "sealed", "taken")
 
 # What LoRA and LoKr call it: MoKA's name, or why it has none.
 _NAMES_HERE = {
@@ -141,6 +143,9 @@ class MokaConfig(PeftConfig):
             `load_adapter` nor together with `config`: set it on that config, or `execution` on the layers.
         format_version: of the adapter folder.
         base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
+        base_quantisation: how that base's linear weights are held, "nf4-double", "nf4" or "none"; filled in likewise,
+            None if in another way.
+        checksum: of a saved adapter, over its settings and tensors; it is written and checked with them.
         layers: "OUTxIN" of every adapted layer by its path; filled in by `get_peft_model`. If it is there already,
             as in a saved adapter, it decides which layers are adapted, and `target_modules` is not read.
 
@@ -178,8 +183,12 @@ class MokaConfig(PeftConfig):
     execution: str = "auto"
     format_version: int = FORMAT_VERSION
     base_fingerprint: str | None = None
+    base_quantisation: str | None = None
+    checksum: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
     filled_in: dict[str, Any] | None = field(default=None, repr=False, compare=False)  # see `stated`
+    sealed: str | None = field(default=None, repr=False, compare=False)  # what `checksum` covers, as the file had it
+    taken: str | None = field(default=None, repr=False, compare=False)  # the checksum of what is about to be saved
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +196,10 @@ class MokaConfig(PeftConfig):
         _check_format_version(self.format_version)
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
             raise ConfigError(f"base_fingerprint: expected a hexadecimal digest or null; got {self.base_fingerprint!r}")
+        if self.base_quantisation not in (None, *QUANTISATIONS):
+            raise ConfigError(
+                f"base_quantisation: expected {', '.join(QUANTISATIONS)} or null; got {self.base_quantisation!r}"
+            )
         named = isinstance(self.layers, dict) and all(isinstance(key, str) for key in self.layers.values())
         if not named:
             raise ConfigError(f'layers: expected {{"path": "OUTxIN", ...}}; got {self.layers!r}')
@@ -201,6 +214,8 @@ class MokaConfig(PeftConfig):
             self.target_modules = written["target_modules"]
         if self.layers and self.filled_in is None:
             self.filled_in = {"choice": self._choice()}
+        if self.checksum is not None and self.sealed is None:
+            self.sealed = self.seal_text()
 
     def _check_choice(self) -> None:
         """Check the fields that are PEFT's alone: which layers, and what else is trained."""
@@ -237,13 +252,30 @@ class MokaConfig(PeftConfig):
         """The fields that make the adapter train more than mixtures, which no other backend can take over."""
         return [name for name in ("modules_to_save", "bias") if getattr(self, name) not in (None, [], "none")]
 
-    def stated(self, plans: Mapping[str, moka_core.LayerPlan], base_fingerprint: str | None) -> MokaConfig:
+    def seal_text(self) -> str:
+        """What the checksum of an adapter with this config covers, besides its tensors; see `moka_core.seal`."""
+        return sealed_text(vars(self))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; the checksum is the one of the tensors that PEFT has just taken from the model."""
+        pending = self.checksum
+        self.checksum = self.taken
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.checksum, self.taken = pending, None  # the live adapter may change
+
+    def stated(
+        self, plans: Mapping[str, moka_core.LayerPlan], base_fingerprint: str | None, base_quantisation: str | None
+    ) -> MokaConfig:
         """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`."""
         copied, core = copy.deepcopy(self), self.to_core()
         layers = {p: (core.for_layer(p, plan.out_features, plan.in_features), plan) for p, plan in plans.items()}
         copied._take(moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale))
         copied.layers = {path: plan.key for path, plan in plans.items()}
         copied.base_fingerprint = base_fingerprint
+        if not (self.inference_mode and self.base_quantisation):  # one that is not trained here stays what it was
+            copied.base_quantisation = base_quantisation
         given = (self.filled_in or {}).get("given") or self._values()
         copied.filled_in = {**(self.filled_in or {}), "given": given, "stated": copied._values()}
         return copied
@@ -365,6 +397,12 @@ class MokaConfig(PeftConfig):
                 f"{_FILE}: missing {', '.join(missing)}; a saved adapter states all of its settings, and none of them "
                 "can be guessed. Take the file as it was saved"
             )
+        if kwargs["layers"] and not isinstance(kwargs.get("checksum"), str):
+            raise ConfigError(
+                f"{_FILE}: checksum: expected 64 hexadecimal digits; got {kwargs.get('checksum')!r}. It is written "
+                "with the tensors (the model's save_pretrained, or conversion.save_adapter); take the folder as it was "
+                "saved"
+            )
         layers, shapes, own = kwargs["layers"], kwargs["shapes"], kwargs.get("shapes_pattern")
         if all(isinstance(value, Mapping) for value in (layers, shapes, own or {})):
             unplanned = [path for path, key in layers.items() if path not in (own or {}) and str(key) not in shapes]
@@ -407,8 +445,8 @@ def _instead(name: str, names: list[str]) -> str:
 def _check_format_version(version: Any) -> None:
     if type(version) is not int or version != FORMAT_VERSION:
         raise ConfigError(
-            f"format_version: expected {FORMAT_VERSION}; got {version!r}. A later version of moka "
-            "wrote this adapter; upgrade moka to read it."
+            f"format_version: expected {FORMAT_VERSION}; got {version!r}. A later version of moka wrote this adapter; "
+            "upgrade moka to read it. (A lower number is from before its first release.)"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from peft import PeftModel
@@ -49,6 +51,22 @@ def check_fingerprint(expected: str | None, model: nn.Module) -> str | None:
             "Load the adapter's own base (base_model_name_or_path in its adapter_config.json)."
         )
     return found
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """How a model's linear weights are held: "nf4-double", "nf4", or "none" if all are dense; None in another way."""
+    kinds = {_held(module) for module in model.modules()} - {"no weight"}
+    packed = kinds - {"none"}
+    return "none" if not packed else packed.pop() if len(packed) == 1 else None
+
+
+def _held(module: nn.Module) -> str | None:
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "no weight"
+    if getattr(weight, "quant_type", None) == "nf4":
+        return "nf4-double" if getattr(weight, "compress_statistics", False) else "nf4"
+    return "none" if weight.is_floating_point() else None
 
 
 def norm_weights(model: nn.Module) -> dict[str, np.ndarray]:

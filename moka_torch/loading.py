@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems, tensor_problems
 from moka_core.errors import AdapterError
+from moka_core.seal import check_seal
+from moka_torch.config import MokaConfig
 from moka_torch.linear import MokaLinear
 
 CHECKPOINT_PREFIX = "base_model.model."
@@ -103,6 +107,37 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             "this model has",
             stacklevel=2,
         )
+
+
+def check_file(config: MokaConfig, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Return if a checksum that came with the config is that of its fields and of the mixtures' tensors; forget it.
+
+    A config that comes from no file, or that no tensors were saved with, has none.
+
+    Args:
+        state_dict: as in the file, and sound (see `check_state_dict`).
+
+    Raises:
+        AdapterError: the file's fields or tensors are not the ones that were written.
+    """
+    if config.checksum is None:
+        return
+    assert config.sealed is not None
+    arrays = {
+        f"{CHECKPOINT_PREFIX}{key.removeprefix(CHECKPOINT_PREFIX)}": to_numpy(tensor)
+        for key, tensor in state_dict.items()
+        if ".moka_" in key
+    }
+    check_seal(config.checksum, config.sealed, arrays, where=f"adapter {adapter_name!r}")
+    config.checksum = config.sealed = None  # from here on it is trained, scaled and saved as any other
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy with the same bits, row-major; bfloat16 as ml_dtypes has it."""
+    tensor = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)  # NumPy pins what it is shown
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def _module_prefixes(model: nn.Module, adapter_name: str) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from moka_core import plan_layer
 from moka_core.adapter import raise_problems
 from moka_core.errors import AdapterError
+from moka_core.seal import adapter_checksum
 from moka_torch.config import MokaConfig
 from moka_torch.linear import MokaLinear
-from moka_torch.loading import adapted_layers, plain_path
+from moka_torch.loading import CHECKPOINT_PREFIX, adapted_layers, plain_path, to_numpy
 
 
 def own_tensors(
@@ -61,7 +62,18 @@ def own_tensors(
             stacklevel=3,
         )
         own = {key: tensor.float() if tensor.dtype == torch.float64 else tensor for key, tensor in own.items()}
+    config.taken = None if len(own) < needed else _checksum(config, own, adapter_name)
     return {**found, **own}
+
+
+def _checksum(config: MokaConfig, own: Mapping[str, Tensor], adapter_name: str) -> str:
+    """The checksum that goes into the config, which PEFT and transformers write right after they took the tensors."""
+    arrays = {}
+    for key, tensor in own.items():
+        path, _, name = plain_path(key).rpartition(".moka_")
+        parts = [part for part in name.split(".") if part != adapter_name]  # the file's keys do not name the adapter
+        arrays[f"{CHECKPOINT_PREFIX}{path}.moka_{'.'.join(parts)}"] = to_numpy(tensor)
+    return adapter_checksum(config.seal_text(), arrays)
 
 
 def check_unchanged(layers: Mapping[str, MokaLinear], config: MokaConfig, adapter_name: str) -> None:

@@ -28,9 +28,9 @@ from moka_torch.base_weight import refuse_special
 from moka_torch.choice import plan_choice
 from moka_torch.combine import check_weights, combine_layers
 from moka_torch.config import MokaConfig, MokaPeftType
-from moka_torch.fingerprint import check_fingerprint
+from moka_torch.fingerprint import check_fingerprint, quantisation
 from moka_torch.linear import BASE, MokaLinear
-from moka_torch.loading import adapted_layers, check_state_dict
+from moka_torch.loading import adapted_layers, check_file, check_state_dict
 from moka_torch.merge import untie
 from moka_torch.saving import own_tensors
 from moka_torch.targets import check_adapter_name, refuse_module
@@ -97,7 +97,8 @@ class MokaModel(BaseTuner):
         if config.layers:
             config.spell_out()
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
-        stated = config.stated(plans, check_fingerprint(config.base_fingerprint, model))
+        fingerprint = check_fingerprint(config.base_fingerprint, model)
+        stated = config.stated(plans, fingerprint, quantisation(model))
         config = self.peft_config[adapter_name] = given.take_over(stated)
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and
         # writes "all-linear" out); it is handed exactly the planned paths, and the config keeps what the user wrote.
@@ -297,6 +298,7 @@ class MokaModel(BaseTuner):
             task_type=configs[0].task_type,
             base_model_name_or_path=configs[0].base_model_name_or_path,
             base_fingerprint=configs[0].base_fingerprint,
+            base_quantisation=configs[0].base_quantisation,
             layers={path: plan.key for path, (_, plan, _) in combined.items()},
             inference_mode=True,
         )
@@ -338,7 +340,9 @@ class MokaModel(BaseTuner):
                 f"adapter {adapter_name!r}: {merged[0]} is merged, and could not be unmerged with other numbers than "
                 "it was merged with; call unmerge_adapter first. Nothing was loaded."
             )
-        check_state_dict(model, adapter_name, state_dict, getattr(config, "bias", "none"))
+        assert isinstance(config, MokaConfig)
+        check_state_dict(model, adapter_name, state_dict, config.bias)
+        check_file(config, state_dict, adapter_name)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

@@ -112,6 +112,8 @@ def abstract_llama(
         _lay_out(model, layout)
     model.base_fingerprint = base.fingerprint
     model.base_model = base.name
+    packings = {spec.packing or "none" for spec in packed.values()} or {"none"}
+    model.base_quantisation = packings.pop() if len(packings) == 1 else None
     return model
 
 

@@ -180,6 +180,7 @@ class Llama(nnx.Module):
         self.dtype = dtype
         self.base_fingerprint: str | None = None
         self.base_model: str | None = None
+        self.base_quantisation: str | None = None
         self.layout: Layout | None = None
         self.model = LlamaModel(config, dtype=dtype, remat=remat, attend=attend, rngs=rngs)
         sizes = config.architecture

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import adapter_folder, load_adapter, save_adapter
+from conversion import adapter_folder, load_adapter, new_folder, save_adapter
 from moka_core import Adapter, AdapterError, KronShape, LayerFactors, LayerPlan, MokaConfig, ShapeGroup, plan_layer
 from moka_core.oracle import dense_delta
 from tests.cases import CASES, random_factors, random_layer
@@ -113,9 +113,11 @@ GOLDEN_CONFIG = """\
   "auto_mapping": null,
   "base_fingerprint": "00ff",
   "base_model_name_or_path": "tiny",
+  "base_quantisation": "nf4-double",
   "block_entries": 4096,
+  "checksum": "7eaab3bca7c06efc0ff6a12bc4e681ceb414e4a4874169219c4dba1a26adf773",
   "dropout": 0.0,
-  "format_version": 1,
+  "format_version": 2,
   "gate": "softmax",
   "identity": "none",
   "inference_mode": true,
@@ -155,7 +157,7 @@ GOLDEN_CONFIG = """\
 }
 """
 GOLDEN_SHA256 = {
-    "adapter_config.json": "b81f27463a0957c2914e75503eea795bbc97f8b438e752508a546a4a347ec8e8",
+    "adapter_config.json": "177989e84cb3deca9afdd1f6af741d3d5468d9ead64596c55a8921892c401d54",
     "adapter_model.safetensors": "7b88efa4cd594cd0a6fdf4210255d029714757cd2f47440db9a014863c404b65",
 }
 
@@ -172,7 +174,11 @@ def golden() -> Adapter:
         gate_logits=counted(-1, 3),
     )
     return Adapter(
-        config=config, layers={"model.layers.0.self_attn.q_proj": layer}, base_fingerprint="00ff", base_model="tiny"
+        config=config,
+        layers={"model.layers.0.self_attn.q_proj": layer},
+        base_fingerprint="00ff",
+        base_model="tiny",
+        base_quantisation="nf4-double",
     )
 
 
@@ -271,7 +277,10 @@ def test_a_failure_while_writing_leaves_nothing_behind(
         assert contents(folder) == before
 
 
-def test_a_failure_while_replacing_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
+def test_a_failure_while_replacing_leaves_the_old_folder(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_adapter(golden(), tmp_path / "a")
     before = contents(folder)
     rename = Path.rename
@@ -281,11 +290,55 @@ def test_a_failure_while_replacing_puts_the_old_folder_back(tmp_path: Path, monk
             raise OSError("rename failed")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="rename failed"):
+    if exchange:
+        monkeypatch.setattr(new_folder, "_exchange", fail)
+    else:
+        monkeypatch.setattr(new_folder, "_exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match=r"rename failed|no space left"):
         save_adapter(example(), folder, overwrite=True)
     assert contents(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_without_an_exchange_of_names_a_folder_is_replaced_in_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    monkeypatch.setattr(new_folder, "_exchange", lambda *_: False)
+    save_adapter(example(), folder, overwrite=True)
+    assert bits(load_adapter(folder)) == bits(example())
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_what_a_process_left_aside_that_died_between_the_two_steps_is_named(tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    folder.rename(tmp_path / ".a.x1.old")
+    with pytest.raises(AdapterError, match=r"a process died while it replaced the folder, and \S+\.a\.x1\.old is what"):
+        load_adapter(folder)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    read, replaced = adapter_folder._read_tensors, []
+
+    def late(*arguments: Any) -> Any:
+        if not replaced:
+            replaced.append(save_adapter(example(), folder, overwrite=True))
+        return read(*arguments)
+
+    monkeypatch.setattr(adapter_folder, "_read_tensors", late)
+    assert bits(load_adapter(folder)) == bits(example())
+
+
+def test_overwriting_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    (tmp_path / "link").symlink_to(folder)
+    save_adapter(example(), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert bits(load_adapter(folder)) == bits(example())
 
 
 def test_an_unsound_adapter_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -311,6 +364,73 @@ def test_missing_parents_are_made_and_the_files_are_readable_by_others(tmp_path:
 # ---- reading: strict
 
 
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    inside = save_adapter(golden(), tmp_path / "a")
+    outside = save_adapter(golden(), tmp_path / "b")
+    (inside / "adapter_model.safetensors").unlink()
+    (inside / "adapter_model.safetensors").symlink_to("../b/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=rf"leads out of the folder, to {outside}/adapter_model.safetensors"):
+        load_adapter(inside)
+    (tmp_path / "c").symlink_to(outside)
+    assert bits(load_adapter(tmp_path / "c")) == bits(golden())
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    source = save_adapter(golden(), tmp_path / "a")
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert bits(load_adapter(snapshot)) == bits(golden())
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused_and_does_not_hang(file: str, tmp_path: Path) -> None:
+    for kind, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
+        folder = save_adapter(golden(), tmp_path / kind)
+        (folder / file).unlink()
+        make(folder / file)
+        with pytest.raises(AdapterError, match=f"{file}: no such file"):
+            load_adapter(folder)
+
+
+def test_a_config_of_a_size_that_none_has_is_not_read(tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    with open(folder / "adapter_config.json", "ab") as file:
+        file.truncate(adapter_folder.LARGEST_CONFIG + 1)
+    with pytest.raises(AdapterError, match="expected at most 67,108,864 bytes; got 67,108,865"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("change", ["scale", "a mantissa's bit", "no checksum", "another checksum"])
+def test_what_was_changed_after_it_was_written_is_refused_by_its_checksum(change: str, tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    values = json.loads(config.read_text())
+    if change == "a mantissa's bit":
+        data = bytearray(weights.read_bytes())
+        data[-9] ^= 1
+        weights.write_bytes(data)
+    else:
+        edit = {"scale": {"scale": 2.0}, "no checksum": {"checksum": None}, "another checksum": {"checksum": "0" * 64}}
+        config.write_text(json.dumps({**values, **edit[change]}))
+    with pytest.raises(AdapterError, match=r"the checksum in adapter_config\.json is .*, that of the adapter \w{16}…"):
+        load_adapter(folder)
+    again = save_adapter(load_adapter(folder, verify=False), tmp_path / "b")
+    assert load_adapter(again).config.scale == (2.0 if change == "scale" else 1.0)
+
+
+def test_how_the_config_is_written_does_not_matter_to_its_checksum(tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / "a")
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text())
+    values |= {"scale": 1, "dropout": 0, "scale_pattern": {}, "inference_mode": False, "base_model_name_or_path": "x"}
+    config.write_text(json.dumps(dict(reversed(values.items()))))
+    assert bits(load_adapter(folder)) == bits(golden())
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_adapter(golden(), tmp_path / "golden")
@@ -329,11 +449,16 @@ BAD_CONFIGS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda values: [values], "adapter_config.json: expected a JSON object; got list"),
     (edit(peft_type="LORA"), "expected peft_type 'MOKA'; got 'LORA'"),
     (drop("peft_type"), "expected peft_type 'MOKA'; got None"),
-    (edit(format_version=2), "expected format_version 1; got 2; a higher one needs a newer version of this package"),
-    (edit(format_version=True), "expected format_version 1; got True"),
-    (edit(format_version=1.0), "expected format_version 1; got 1.0"),
-    (edit(format_version="1"), "expected format_version 1; got '1'"),
-    (drop("format_version"), "expected format_version 1; got None"),
+    (edit(format_version=3), "expected format_version 2; got 3; a higher one needs a newer version of this package"),
+    (edit(format_version=True), "expected format_version 2; got True"),
+    (edit(format_version=2.0), "expected format_version 2; got 2.0"),
+    (edit(format_version="2"), "expected format_version 2; got '2'"),
+    (
+        edit(format_version=1),
+        "expected format_version 2; got 1; a higher one needs a newer version of this package, a lower",
+    ),
+    (edit(base_quantisation="int8"), "expected base_quantisation to be nf4-double, nf4, none or null; got 'int8'"),
+    (drop("format_version"), "expected format_version 2; got None"),
     (edit(gatee="softmax"), "fields: unknown 'gatee' (did you mean 'gate'?)"),
     (
         edit(modules_to_save=["lm_head"]),
@@ -436,7 +561,7 @@ def test_every_problem_of_the_tensors_is_listed_at_once(folder: Path) -> None:
             f"{LAYER}: unexpected factor_a.00",
             f"{LAYER}: factor_b.0 has NaN or infinite entries",
             f"{LAYER}: factor_b.1 expected shape (1, 4, 3), got (1, 3, 4)",
-            f"{LAYER}: gate_logits expected dtype float32, bfloat16 or float16, got float64",
+            f"{LAYER}: gate_logits expected dtype float32, bfloat16 or float16, got F64",
         ]
     )
 

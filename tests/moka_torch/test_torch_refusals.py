@@ -214,9 +214,10 @@ def test_every_other_field_may_be_left_out_as_the_format_says(load, folder):
     expected = logits(PeftModel.from_pretrained(load(), folder))
     others = set(edit(folder)) - set(REQUIRED_FIELDS)
     assert others == {
-        "auto_mapping", "base_fingerprint", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
-        "task_type",
+        "auto_mapping", "base_fingerprint", "base_model_name_or_path", "base_quantisation", "checksum",
+        "inference_mode", "peft_version", "revision", "task_type",
     }  # fmt: skip
+    others -= {"base_fingerprint", "base_quantisation", "checksum"}  # sealed, or the seal
     assert not set(OPTIONAL_FIELDS) & set(REQUIRED_FIELDS)
     edit(folder, remove=others)
     assert torch.equal(logits(PeftModel.from_pretrained(load(), folder)), expected)
@@ -231,8 +232,8 @@ def test_all_that_is_missing_is_listed_and_the_rest_is_said_first(load, folder):
     edit(folder, scal=3.0)
     with pytest.raises(ConfigError, match=r"unknown 'scal' \(did you mean 'scale'\?\)"):
         PeftModel.from_pretrained(load(), folder)
-    edit(folder, format_version=2)
-    with pytest.raises(ConfigError, match=r"format_version: expected 1; got 2\. A later version of moka wrote this"):
+    edit(folder, format_version=3)
+    with pytest.raises(ConfigError, match=r"format_version: expected 2; got 3\. A later version of moka wrote this"):
         PeftModel.from_pretrained(load(), folder)
     edit(folder, peft_type="LORA")
     with pytest.raises(ConfigError, match="expected peft_type 'MOKA'; got 'LORA', another method"):

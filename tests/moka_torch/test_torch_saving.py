@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import moka_core
+from conversion import load_adapter, save_adapter
 from moka_core import AdapterError, ConfigError, plan_model
 from moka_core.adapter import expected_tensors
 from moka_torch import MokaConfig, MokaLinear, export_adapter, import_adapter
@@ -51,7 +52,9 @@ def test_save_and_load(load, config, bits, tmp_path):
     assert {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / WEIGHTS).items()} == names
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["peft_type"] == "MOKA"
-    assert written["format_version"] == 1
+    assert written["format_version"] == 2
+    assert written["base_quantisation"] == ("none" if bits is None else "nf4-double")
+    assert load_adapter(tmp_path).base_quantisation == written["base_quantisation"]
     assert set(written["shapes"]) == {plan.key for plan in plans.values()}
     assert isinstance(written["base_fingerprint"], str)
     assert written["layers"] == {path: plan.key for path, plan in plans.items()}
@@ -76,10 +79,31 @@ def test_execution_is_given_when_a_folder_is_loaded(load, folder):
 def test_a_bfloat16_file_is_loaded_value_for_value(load, folder):
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS)
+    save_adapter(load_adapter(folder, verify=False), folder, overwrite=True)
     model = PeftModel.from_pretrained(load(), folder)
     for path, layer in export_adapter(model).layers.items():
         for name, array in layer.tensors():
             assert torch.equal(torch.tensor(array), tensors[f"base_model.model.{path}.moka_{name}"].float())
+
+
+def test_a_flipped_bit_of_a_tensor_is_refused_before_anything_is_loaded(load, folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-9] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(AdapterError, match="its settings or its tensors are not the ones that were written"):
+        PeftModel.from_pretrained(load(), folder)
+
+
+def test_an_adapter_that_was_loaded_and_changed_is_saved_with_a_checksum_of_its_own(load, folder, tmp_path):
+    model = PeftModel.from_pretrained(load(), folder, is_trainable=True)
+    assert model.peft_config["default"].checksum is None
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).mul_(2)
+    model.save_pretrained(tmp_path / "again")
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))  # no file: nothing to check it by
+    old, new = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert {key for key in old if old[key] != new[key]} == {"checksum"}
+    assert load_adapter(tmp_path / "again").trainable == load_adapter(folder).trainable
 
 
 def test_strict_loading_lists_every_problem_at_once(load, folder):
@@ -130,7 +154,15 @@ def test_a_rejected_state_dict_changes_nothing(load, settings):
             "model.norm: the adapter has it, but this model has no such linear layer",
         ),
         ({"layers": ["model.norm"]}, "layers: expected"),
-        ({"format_version": 7}, "format_version: expected 1; got 7"),
+        ({"format_version": 7}, "format_version: expected 2; got 7"),
+        ({"scale": 2.0}, "adapter 'default': the checksum in adapter_config.json is"),
+        ({"base_fingerprint": None}, "adapter 'default': the checksum in adapter_config.json is"),
+        (
+            {"checksum": "0" * 64},
+            "adapter 'default': the checksum in adapter_config.json is 0000000000000000…, that of",
+        ),
+        ({"checksum": None}, "checksum: expected 64 hexadecimal digits; got None"),
+        ({"base_quantisation": "int8"}, "base_quantisation: expected nf4-double, nf4, none or null; got 'int8'"),
     ],
     ids=str,
 )

@@ -81,7 +81,7 @@ def test_config_and_core_config_are_two_views_of_one():
         ({"shapes": {"8x8": [[1, 2, 2, 2, 2]]}, "r": 1}, "a_out and b_out must multiply to 8"),
         ({"identity": "b"}, "zero_factor: factor 'b' is the fixed identity"),
         ({"target_modules": []}, "target_modules: expected at least one name"),
-        ({"format_version": 2}, "format_version: expected 1; got 2. A later version of moka"),
+        ({"format_version": 3}, "format_version: expected 2; got 3. A later version of moka"),
         ({"base_fingerprint": 5}, "base_fingerprint: expected a hexadecimal digest or null; got 5"),
     ],
 )
