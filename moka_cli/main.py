@@ -162,6 +162,28 @@ def params(
     run_params(arch, preset, set_ or [], explain=explain, as_json=json_)
 
 
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Print every layer, too, and every dead term.")] = False,
+    no_rank: Annotated[
+        bool, typer.Option("--no-rank", help="Leave out what needs singular values, which take nearly all of the time.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the gates, layers by terms, into this file.")] = None,
+    shares_png: Annotated[Path | None, typer.Option(help="Draw how much each term counts into this file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON: every layer and every term.")] = False,
+) -> None:
+    """Say what an adapter holds and what its training made of it; needs neither JAX nor PyTorch, nor the base.
+
+    Shapes, gates, norm, rank and effective rank of ΔW, terms that do nothing or repeat another, base, and size on disk.
+
+    [dim]Example: moka inspect report/adapter --png gates.png[/dim]
+    """
+    from moka_cli.inspect import run_inspect
+
+    run_inspect(adapter, rank=not no_rank, layers=layers, as_json=json_, gates_png=png, shares_png=shares_png)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; every failure ends with one message and a status other than 0."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moka_core import Adapter, AdapterError
+from moka_core import Adapter, AdapterError, LayerPlan
+from moka_core.adapter import path_order
+from moka_core.oracle import term_gates
+from moka_core.spectrum import LayerFigures
 
 
 def plot_gates(adapter: Adapter, path: str | Path) -> None:
@@ -17,30 +21,50 @@ def plot_gates(adapter: Adapter, path: str | Path) -> None:
     Raises:
         AdapterError: the adapter has no gates.
     """
-    kinds: dict[str, list[np.ndarray]] = {}
-    labels: dict[str, list[str]] = {}
-    for name, layer in adapter.layers.items():
-        if layer.gate_logits is None:
-            raise AdapterError("plot_gates: this adapter has a uniform gate; there is nothing to draw")
-        kind = name.rpartition(".")[2]
-        weights = np.exp(layer.gate_logits.astype(np.float64) - layer.gate_logits.max())
-        kinds.setdefault(kind, []).append(weights / weights.sum())
-        labels[kind] = [
-            f"{shape.a_out}×{shape.a_in} ⊗ {shape.b_out}×{shape.b_in}" for shape in layer.plan.term_shapes()
-        ]
-    furthest = max(float(np.abs(np.stack(rows) - 1 / len(rows[0])).max()) for rows in kinds.values())
-    figure = Figure(figsize=(5.2 * len(kinds), 6.4), layout="constrained")
+    if adapter.config.gate == "uniform":
+        raise AdapterError("plot_gates: this adapter has a uniform gate; there is nothing to draw")
+    gates = {name: (layer.plan, term_gates(layer, adapter.config)) for name, layer in adapter.layers.items()}
+    _draw(gates, path, title="Gates: the weight of each Kronecker term", what="gate")
+
+
+def plot_shares(figures: Mapping[str, LayerFigures], path: str | Path) -> None:
+    """Draw every term's share, ‖k·A ⊗ B‖_F / Σ ‖k·A ⊗ B‖_F, layers × terms, a panel for each kind of layer."""
+    shares = {name: (layer.plan, np.array([term.share for term in layer.terms])) for name, layer in figures.items()}
+    _draw(shares, path, title="Shares: how much each Kronecker term counts", what="share")
+
+
+def _draw(layers: Mapping[str, tuple[LayerPlan, np.ndarray]], path: str | Path, *, title: str, what: str) -> None:
+    """One number a term, coloured by how far it is from 1/terms; a panel for each kind and plan."""
+    panels: dict[tuple[str, LayerPlan], list[str]] = {}
+    for name in sorted(layers, key=path_order):
+        panels.setdefault((name.rpartition(".")[2], layers[name][0]), []).append(name)
+    furthest = max(float(np.abs(values - 1 / len(values)).max()) for _, values in layers.values())
+    furthest = furthest or 1e-9  # all even: one colour, and no division by zero
+    figure = Figure(figsize=(5.2 * len(panels), 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for axis, (kind, rows) in zip(axes, sorted(kinds.items()), strict=True):
-        grid = np.stack(rows)
-        even = 1 / grid.shape[1]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (kind, plan) in zip(axes, sorted(panels, key=lambda panel: (panel[0], panel[1].key)), strict=True):
+        names = panels[kind, plan]
+        even = 1 / plan.terms
         image = axis.imshow(
-            grid, aspect="auto", cmap="RdBu_r", vmin=even - furthest, vmax=even + furthest, interpolation="nearest"
+            np.stack([layers[name][1] for name in names]),
+            aspect="auto",
+            cmap="RdBu_r",
+            vmin=even - furthest,
+            vmax=even + furthest,
+            interpolation="nearest",
         )
-        axis.set_title(kind)
+        axis.set_title(f"{kind} {plan.key}")
         axis.set_ylabel("layer")
-        axis.set_xticks(range(grid.shape[1]), labels[kind], rotation=90, fontsize=8)
-        figure.colorbar(image, ax=axis, label=f"gate (white: {even:.2f}, all terms equal)", shrink=0.8)
-    figure.suptitle("Gates: how much each Kronecker term counts")
-    figure.savefig(path, dpi=130)
+        rows = range(0, len(names), -(-len(names) // 20))
+        axis.set_yticks(rows, [_number(names[row]) for row in rows], fontsize=8)
+        labels = [f"{shape.a_out}×{shape.a_in} ⊗ {shape.b_out}×{shape.b_in}" for shape in plan.term_shapes()]
+        axis.set_xticks(range(plan.terms), labels, rotation=90, fontsize=8)
+        figure.colorbar(image, ax=axis, label=f"{what} (white: {even:.2f}, all terms equal)", shrink=0.8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _number(path: str) -> str:
+    """The layer's number as it stands in its path, or the path where there is none."""
+    return next((part for part in path.split(".") if part.isdecimal()), path)

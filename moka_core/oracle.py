@@ -8,20 +8,20 @@ from moka_core.adapter import LayerFactors
 from moka_core.config import MokaConfig
 
 
-def term_coefficients(layer: LayerFactors, config: MokaConfig) -> np.ndarray:
-    """scale · α_i · c_i for every term, (terms,), float64.
+def term_gates(layer: LayerFactors, config: MokaConfig) -> np.ndarray:
+    """α of every term, (terms,), float64: softmax(gate_logits), or 1/r."""
+    if config.gate == "uniform":
+        return np.full(layer.plan.terms, 1.0 / layer.plan.terms)
+    assert layer.gate_logits is not None
+    logits = layer.gate_logits.astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
-    α = softmax(gate_logits), or 1/r; c_i = 1, or √r / √(columns of the factor that starts at zero).
-    """
-    plan = layer.plan
-    if config.gate == "softmax":
-        assert layer.gate_logits is not None
-        logits = layer.gate_logits.astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        alpha = weights / weights.sum()
-    else:
-        alpha = np.full(plan.terms, 1.0 / plan.terms)
-    return alpha * np.array([config.scale * stable_factor(config, shape) for shape in plan.term_shapes()])
+
+def term_coefficients(layer: LayerFactors, config: MokaConfig) -> np.ndarray:
+    """scale · α_i · c_i for every term, (terms,), float64; see `term_gates` and `stable_factor`."""
+    constants = [config.scale * stable_factor(config, shape) for shape in layer.plan.term_shapes()]
+    return term_gates(layer, config) * np.array(constants)
 
 
 def stable_factor(config: MokaConfig, shape) -> float:
