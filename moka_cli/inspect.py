@@ -92,6 +92,7 @@ def summarise(folder: Path, adapter: Adapter, figures: Mapping[str, LayerFigures
     return {
         "adapter": str(folder),
         "format_version": stated["format_version"],
+        "checksum": stated["checksum"],
         "base": {
             "model": adapter.base_model,
             "fingerprint": adapter.base_fingerprint,
@@ -199,7 +200,8 @@ def _print_head(console: Console, summary: dict[str, Any], adapter: Adapter) -> 
     targets = config["target_modules"]
     own = [name for name in ("shapes_pattern", "scale_pattern") if config[name]]
     rows = {
-        "adapter": f"{summary['adapter']}, format version {summary['format_version']}",
+        "adapter": f"{summary['adapter']}, format version {summary['format_version']}, "
+        f"checksum {summary['checksum'][:12]}… right",
         "base": f"{base['model'] or 'not named'}, {fingerprint}, held as {base['quantisation'] or 'not stated'}",
         "trained": f"{summary['trainable']:,} parameters of {len(adapter.layers)} layers, "
         + ", ".join(f"{count:,} in {dtype}" for dtype, count in summary["dtypes"].items()),
@@ -272,16 +274,19 @@ def _layers_table(kind: Kind, figures: Mapping[str, LayerFigures]) -> Table:
 
 def _labels(paths: list[str]) -> tuple[str, list[str]]:
     """What paths share, "*" for the rest; and the rest of each: ("layers.*.q", ["0", "1"])."""
-    parts = [path.split(".") for path in paths]
 
-    def shared(columns: Iterable[tuple[str, ...]]) -> list[str]:
+    def shared(parts: list[list[str]]) -> list[str]:
+        columns = zip(*parts, strict=False)
         return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
-    start = shared(zip(*parts, strict=False))
-    if len(paths) == 1 or len(start) == min(map(len, parts)):
-        return paths[0] if len(paths) == 1 else "layers", paths
-    end = shared(zip(*(own[: len(start) - 1 : -1] if start else own[::-1] for own in parts), strict=False))[::-1]
-    return ".".join([*start, "*", *end]), [".".join(own[len(start) : len(own) - len(end)]) for own in parts]
+    parts = [path.split(".") for path in paths]
+    start = shared(parts)
+    rest = [own[len(start) :] for own in parts]
+    end = shared([own[::-1] for own in rest])[::-1]
+    labels = [".".join(own[: len(own) - len(end)]) for own in rest]
+    if not all(labels):
+        return parts[0][-1], paths
+    return ".".join([*start, "*", *end]), labels
 
 
 def _print_findings(console: Console, figures: Mapping[str, LayerFigures], *, every: bool) -> None:

@@ -91,8 +91,10 @@ def layer_figures(layer: LayerFactors, config: MokaConfig, *, spectrum: bool = T
     """
     block, times = _repeated_block(layer, config)
     delta = _dense(block, config)
-    norm = math.sqrt(times) * float(np.linalg.norm(delta))
-    values = np.repeat(singular_values(delta), times) if spectrum else None
+    largest = float(np.abs(delta).max()) or 1.0
+    delta /= largest  # no `scale`, however large or small, overflows the squares
+    norm = largest * math.sqrt(times) * float(np.linalg.norm(delta))
+    values = largest * np.repeat(singular_values(delta), times) if spectrum else None
     terms, cosine = _terms(layer, config, norm)
     return LayerFigures(plan=layer.plan, terms=terms, norm=norm, cosine=cosine, singular_values=values)
 
