@@ -44,7 +44,7 @@ def check(reader: Any, adapter: Adapter, folder: Path) -> None:
         expected = dense_delta(layer, adapter.layer_config(path))
         assert np.abs(expected).max() > 0.01
         assert found[path].dtype == np.float64
-        # measured: 2e-16 at most
+        # measured: 2e-16 at most (on a trained adapter of 60 layers 1.4e-16)
         assert np.linalg.norm(found[path] - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
