@@ -39,7 +39,7 @@ PREFIX = "base_model.model."
 # PEFT's own fields, with what we write for them; PEFT fills in the rest when it saves.
 PEFT_FIELDS: dict[str, Any] = {
     "peft_type": "MOKA",
-    "task_type": "CAUSAL_LM",
+    "task_type": None,
     "inference_mode": True,
     "base_model_name_or_path": None,
     "revision": None,
@@ -152,6 +152,8 @@ def folder_config(adapter: Adapter) -> dict[str, Any]:
     fields = {
         **PEFT_FIELDS,
         **config,
+        # without a fingerprint the base is somebody's own model, which need not have what PEFT's class for LLMs needs
+        "task_type": "CAUSAL_LM" if adapter.base_fingerprint else None,
         "base_model_name_or_path": adapter.base_model,
         "format_version": FORMAT_VERSION,
         "base_fingerprint": adapter.base_fingerprint,
