@@ -88,6 +88,43 @@ def export(
 
 
 @app.command()
+def lora(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="LoRA folder to write; it must not exist yet.")],
+    rank: Annotated[int | None, typer.Option(help="The rank k, the same for every layer.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Take the smallest rank at which no layer's relative error is above this.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="With --max-error: the largest rank to write.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written factors: float32, bfloat16 or float16.")] = "float32",
+    base: Annotated[
+        Path | None, typer.Option(help="The base model's folder: measure the error in logits, too.")
+    ] = None,
+    quantise: Quantise = "nf4-double",
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+) -> None:
+    """Write an adapter as a plain PEFT LoRA, for servers that take nothing else, and say what that loses.
+
+    Each layer gets the best approximation of its ΔW that has this rank. Give either --rank or --max-error.
+
+    [dim]Example: moka lora report/adapter lora --rank 64 --base report/base[/dim]
+    """
+    from moka_cli.lora import run_lora
+
+    run_lora(
+        adapter,
+        out,
+        rank=rank,
+        max_error=max_error,
+        max_rank=max_rank,
+        dtype=dtype,
+        base=base,
+        quantise=quantise,
+        json_file=json_,
+    )
+
+
+@app.command()
 def parity(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     base: Annotated[Path, typer.Option(help="The base model's folder.")],

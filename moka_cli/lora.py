@@ -1,0 +1,158 @@
+"""`moka lora`: an adapter as a plain LoRA folder, and what that loses."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moka_core import Adapter, AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from conversion.logits_error import LogitsError
+    from conversion.lora import LoraLayer, LoraReport
+
+# The tokens that logits are compared on: 512 positions.
+BATCHES, BATCH_SIZE, LENGTH = 4, 2, 64
+WORST = 5
+
+
+def run_lora(
+    adapter: Path,
+    out: Path,
+    *,
+    rank: int | None,
+    max_error: float | None,
+    max_rank: int | None,
+    dtype: str,
+    base: Path | None,
+    quantise: str,
+    json_file: Path | None,
+) -> None:
+    """Write the folder, print its errors, and with a base measure what they do to the logits."""
+    from conversion import load_adapter
+    from conversion.lora import export_lora
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
+    console = Console()
+    loaded = load_adapter(adapter)
+    linear_layers = None if base is None else base_layers(loaded, base, quantise=quantise)
+    with console.status("approximating") as status:
+        report = export_lora(
+            loaded,
+            out,
+            rank=rank,
+            max_error=max_error,
+            max_rank=max_rank,
+            dtype=dtype,
+            linear_layers=linear_layers,
+            on_layer=lambda path: status.update(f"approximating {path}"),
+        )
+    console.print(kinds_table(report))
+    console.print(worst_table(report))
+    for note in report.notes:
+        console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+    values: dict[str, Any] = report.to_dict()
+    if base is not None:
+        with console.status("comparing logits"):
+            (measured,) = measure_logits(base, adapter, [out], quantise=quantise)
+        values["logits"] = {**measured.to_dict(), "quantise": quantise}
+        console.print(logits_table(measured))
+    if json_file is not None:
+        json_file.write_text(json.dumps(values, indent=2) + "\n")
+    console.print(
+        f"{out}: LoRA of rank {report.rank}, {report.parameters:,} parameters in {report.dtype} "
+        f"({report.parameters / report.moka_parameters:.1f} times the {report.moka_parameters:,} of the adapter); "
+        f"relative error of ΔW {report.total:.2g} in all, {report.worst.relative:.2g} in the worst layer",
+        highlight=False,
+    )
+
+
+def base_layers(adapter: Adapter, base: Path, *, quantise: str) -> list[str]:
+    """The paths of the base's linear layers.
+
+    Raises:
+        AdapterError: the adapter belongs to another base, or adapts a layer that this one does not have.
+    """
+    from conversion import open_base
+    from moka_core import Architecture
+
+    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]  # checked there
+    if adapter.base_fingerprint not in (None, opened.fingerprint):
+        raise AdapterError(
+            f"--base {base}: expected the base that this adapter was trained on, fingerprint "
+            f"{str(adapter.base_fingerprint)[:16]}…; got {opened.fingerprint[:16]}…"
+        )
+    known = Architecture.from_hf_config(opened.config).linear_layers()
+    foreign = [
+        path
+        for path, layer in adapter.layers.items()
+        if known.get(path) != (layer.plan.out_features, layer.plan.in_features)
+    ]
+    if foreign:
+        raise AdapterError(
+            f"--base {base}: expected a base with every layer of this adapter; it has no {foreign[0]} of "
+            f"{adapter.layers[foreign[0]].plan.key}" + (f", and {len(foreign) - 1} more" if foreign[1:] else "")
+        )
+    return list(known)
+
+
+def measure_logits(
+    base: Path, adapter: Path, loras: Sequence[str | os.PathLike[str]], *, quantise: str
+) -> list[LogitsError]:
+    """What each LoRA folder loses of the adapter in logits, by PEFT on the same base and tokens."""
+    from conversion import open_base
+    from conversion.logits_error import logits_error
+    from conversion.parity import token_batches
+    from moka_torch.adapter_logits import adapter_logits
+
+    vocab_size = open_base(base).config["vocab_size"]
+    batches = token_batches(base, vocab_size, count=BATCHES, batch_size=BATCH_SIZE, length=LENGTH, seed=0)
+    tokens = [batch.tokens for batch in batches]
+    alone, adapted, *approximations = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise)
+    return [logits_error(alone, adapted, logits) for logits in approximations]
+
+
+def kinds_table(report: LoraReport) -> Table:
+    """The errors of each kind of layer, a row each."""
+    kinds: dict[tuple[str, str], list[LoraLayer]] = {}
+    for layer in report.layers:
+        dims = f"{layer.out_features}x{layer.in_features}"
+        kinds.setdefault((layer.path.rpartition(".")[2], dims), []).append(layer)
+    table = Table(
+        *("layer", "out x in", "layers", "‖ΔW - BA‖ / ‖ΔW‖, median", "worst", "σ_k+1 / σ_1, worst"),
+        title=f"LoRA of rank {report.rank} for ΔW",
+    )
+    for (name, dims), layers in kinds.items():
+        errors = [layer.relative for layer in layers]
+        spectral = max(layer.spectral for layer in layers)
+        table.add_row(
+            name, dims, str(len(layers)), f"{statistics.median(errors):.3g}", f"{max(errors):.3g}", f"{spectral:.3g}"
+        )
+    return table
+
+
+def worst_table(report: LoraReport) -> Table:
+    """The layers with the largest errors, a row each."""
+    table = Table("layer", "‖ΔW - BA‖ / ‖ΔW‖", "σ_k+1 / σ_1", title="The worst layers")
+    for layer in sorted(report.layers, key=lambda layer: -layer.relative)[:WORST]:
+        table.add_row(layer.path, f"{layer.relative:.3g}", f"{layer.spectral:.3g}")
+    return table
+
+
+def logits_table(measured: LogitsError) -> Table:
+    """The error in logits beside the adapter's own effect."""
+    table = Table("", "largest, of the range", "RMS, of the range", "next tokens", title="In logits")
+    rows = {"LoRA against the adapter": measured.error, "the base against the adapter": measured.effect}
+    for name, gap in rows.items():
+        changed = f"{gap.changed} of {measured.positions} differ"
+        table.add_row(name, f"{gap.largest:.2e}", f"{gap.rms:.2e}", changed)
+    table.caption = f"the LoRA loses {measured.lost:.1%} of the adapter's effect (RMS)"
+    return table

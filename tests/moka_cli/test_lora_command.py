@@ -1,0 +1,87 @@
+"""`moka lora`: what it prints and writes, and how its failures end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conversion import open_base, save_adapter
+from moka_cli.main import main
+from moka_core import MokaConfig
+from tests.tiny import random_adapter, save_tiny_llama
+
+CONFIG = MokaConfig(r=6, num_shapes=3, dropout=0.0, scale=0.02, target_modules=("q_proj", "v_proj"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, a MoKA adapter for it, and another base."""
+    folder = tmp_path_factory.mktemp("cli-lora")
+    base = save_tiny_llama(folder / "base")
+    save_adapter(random_adapter(open_base(base), CONFIG), folder / "adapter")
+    save_tiny_llama(folder / "other", seed=3)
+    return folder
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def test_it_writes_the_folder_and_reports_both_errors(folders, tmp_path, capsys):
+    options = ["--rank", 16, "--base", folders / "base", "--quantise", "none", "--json", tmp_path / "errors.json"]
+    assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 0
+    printed = capsys.readouterr().out
+    values = json.loads((tmp_path / "errors.json").read_text())
+    assert values["rank"] == 16
+    assert len(values["layers"]) == 4
+    assert f"{values['worst']['relative']:.3g}" in printed
+    assert f"loses {values['logits']['lost']:.1%} of the adapter's effect" in printed
+    assert 0 < values["logits"]["error"]["largest"] < values["logits"]["effect"]["largest"]
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"], "the base is known, and so that names suffice"
+
+
+def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
+    assert call("lora", folders / "adapter", tmp_path / "lora", "--max-error", 0.4, "--dtype", "bfloat16") == 0
+    rank = json.loads((tmp_path / "lora/adapter_config.json").read_text())["r"]
+    printed = capsys.readouterr().out
+    assert f"LoRA of rank {rank}" in printed
+    assert "in bfloat16" in printed
+    assert call("lora", folders / "adapter", tmp_path / "none", "--max-error", 0.4, "--max-rank", rank - 1) == 1
+    assert f"needs {rank}" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected either a rank or a largest error; got neither: --rank K or --max-error E"),
+        (["--rank", 4, "--max-error", 0.1], "got both: --rank K or --max-error E"),
+        (["--rank", 0], "rank: expected a whole number >= 1; got 0"),
+        (["--rank", 129], "rank: expected at most 128"),
+        (["--max-error", 1.5], "max_error: expected 0 < max_error < 1"),
+        (["--rank", 4, "--dtype", "int8"], "dtype: expected float32, bfloat16 or float16; got 'int8'"),
+        (["--rank", 4, "--json", "nowhere/errors.json"], "expected an existing folder; nowhere is none"),
+        (["--rank", 4, "--base", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_request_that_makes_no_sense_ends_with_one_message_and_no_folder(folders, tmp_path, capsys, options, message):
+    assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "not an error that moka foresaw" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_base_and_an_existing_folder_are_refused(folders, tmp_path, capsys):
+    options = ["--rank", 4, "--base", folders / "other"]
+    assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 1
+    assert "expected the base that this adapter was trained on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "lora").mkdir()
+    assert call("lora", folders / "adapter", tmp_path / "lora", "--rank", 4) == 1
+    assert "lora: expected a folder that does not exist yet" in capsys.readouterr().err
+    assert list((tmp_path / "lora").iterdir()) == []
