@@ -31,11 +31,12 @@ RANKS = (1, 4, 8, 16, 32, 64, 128, 192, 256, 384, 576)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; the result that is written."""
     arguments = _arguments(argv)
+    described = environment(without_paths(arguments))
     adapter = load_adapter(arguments.adapter)
     kinds = error_curves(adapter)
     logits = _logits(arguments, adapter)
     result = {
-        "environment": environment(without_paths(arguments)),
+        "environment": described,
         "model": arguments.name,
         "moka_parameters": adapter.trainable,
         "columns": sum(layer.plan.out_features + layer.plan.in_features for layer in adapter.layers.values()),
@@ -159,7 +160,7 @@ def _row(row: dict[str, Any], kinds: dict[str, dict[str, Any]], moka_parameters:
         at = min(rank, len(curve["median"]) - 1)
         errors.append(f"{curve['median'][at]:.3g} ({curve['worst'][at]:.3g})")
     times = f"{row['parameters'] / moka_parameters:.2g}"
-    logits = [f"{row['lost']:.2%}", row["error"]["largest"], row["error"]["changed"]]
+    logits = [row["lost"], row["error"]["largest"], row["error"]["changed"]]
     return [rank, f"{row['parameters']:,}", times, *errors, *logits]
 
 

@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--label", default="", help="appended to the names of the result files")
     arguments = parser.parse_args(argv)
     arguments.device, arguments.dtype, arguments.quick = "cpu", "float64", False
+    described = environment(arguments)
     result = {
-        "environment": environment(arguments),
+        "environment": described,
         "cases": [case for shape in arguments.shapes for case in _cases(arguments, shape)],
     }
     arguments.dtype = "float32"  # the files' usual name: there is no other dtype here

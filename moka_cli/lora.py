@@ -116,8 +116,9 @@ def measure_logits(
     vocab_size = open_base(base).config["vocab_size"]
     batches = token_batches(base, vocab_size, count=BATCHES, batch_size=BATCH_SIZE, length=LENGTH, seed=0)
     tokens = [batch.tokens for batch in batches]
-    alone, adapted, *approximations = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise)
-    return [logits_error(alone, adapted, logits) for logits in approximations]
+    found = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise)
+    alone, adapted = next(found), next(found)
+    return [logits_error(alone, adapted, logits) for logits in found]
 
 
 def kinds_table(report: LoraReport) -> Table:

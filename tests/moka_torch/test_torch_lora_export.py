@@ -96,7 +96,7 @@ def test_at_full_rank_each_layer_is_delta_and_no_other_layer_is_touched(base, ad
         delta = layer.get_delta_weight("default").detach().numpy()
         oracle = dense_delta(adapter.layers[path], adapter.layer_config(path))
         worst = max(worst, float(np.linalg.norm(delta - oracle) / np.linalg.norm(oracle)))
-    assert worst < 1e-5  # measured: 1.4e-7
+    assert worst < 1e-5  # measured: 2.7e-7, the product in float32
     assert not any(parameter.requires_grad for parameter in model.parameters()), "inference_mode"
 
 
@@ -135,7 +135,7 @@ def test_the_lora_computes_what_the_adapter_does_up_to_its_error(base, adapter, 
         again = load_base(base, quantise="none")(input_ids=torch.from_numpy(tokens[1]).long()).logits.numpy()
     np.testing.assert_array_equal(alone[1], again)
     exact, rough = logits_error(alone, adapted, full), logits_error(alone, adapted, coarse)
-    assert exact.lost < 1e-5  # measured: 9e-7
+    assert exact.lost < 3e-5  # measured: 7.9e-6, the rounding of two float32 models
     assert exact.error.changed == 0
     assert 0.05 < rough.lost < 1.5
     assert rough.positions == 64
