@@ -26,8 +26,8 @@ _PRODUCTS = (200, 10)
 _PRODUCT_SECONDS = 4e-5
 _MULTIPLY_ADD_SECONDS = 2.5e-10
 _LAPACK_SECONDS = 8e-10
-# A triplet is taken for found if ‖ΔW v - σ u‖ is below this share of σ₁. Measured on the ranks and sizes of
-# `lanczos_pays`: at most 6e-15.
+# A triplet is taken for found if ‖ΔW v - σ u‖ is below this share of σ₁. Measured on 192x576 to 1024x4096, ranks 8 to
+# 128: at most 6e-15.
 _RESIDUAL = 1e-10
 # What Lanczos left over may not be larger than the smallest singular value that it found, up to this share, which is
 # a thousand times the accuracy that the left over is computed to.
