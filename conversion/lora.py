@@ -135,7 +135,7 @@ def export_lora(
 
 
 def lora_config(adapter: Adapter, rank: int, *, linear_layers: Collection[str] | None = None) -> dict[str, Any]:
-    """The contents of adapter_config.json: long-standing fields of PEFT's `LoraConfig`, which older versions know too."""
+    """The contents of adapter_config.json: long-standing fields of PEFT's `LoraConfig`."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
