@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.numpy import save_file
 
 from conversion.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from conversion.low_rank import FactoredDelta, TruncatedSvd, Way, rank_for, truncated_svd
+from conversion.new_folder import new_folder
 from moka_core import Adapter, AdapterError, ConfigError
 from moka_core.adapter import DTYPE_NAMES, DTYPES
 
@@ -304,14 +303,8 @@ def _report(adapter: Adapter, rank: int, dtype: str, layers: list[LoraLayer]) ->
 
 
 def _write(target: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Write both files into a sibling and rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        draft.chmod(0o755)
+    """Write both files, or none."""
+    with new_folder(target) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / WEIGHTS_FILE).chmod(0o644)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -22,9 +22,8 @@ from conversion import load_adapter, save_adapter
 from moka_core import Adapter, LayerFactors, MokaConfig, plan_model
 from tests.cases import random_factors
 
-# Measured: 3.5e-7 at most over 2,000 drawn models; the rounding of float32 through two layers.
+# Measured: 1.5e-6 at most over 150 drawn models; float32's rounding through up to three layers.
 OUTPUT_BOUND = 5e-6
-WORST: list[float] = []
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ def check(drawn: Drawn) -> None:
     with torch.no_grad():
         theirs = in_torch(torch.from_numpy(x)).numpy()
     ours, once_more = np.asarray(in_jax(x)), np.asarray(again(x))
-    WORST.append(relative(ours, theirs))
-    assert WORST[-1] <= OUTPUT_BOUND
+    assert relative(ours, theirs) <= OUTPUT_BOUND
     np.testing.assert_array_equal(ours, once_more)
 
 
