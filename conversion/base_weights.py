@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes, spec_from_bitsandbytes
 from moka_core import ModelError, Nf4Weight, base_fingerprint, dequantise_nf4, quantise_nf4
+from moka_core.nf4 import BLOCK
+from moka_core.sketch import LinearWeight
 from moka_core.tensor_spec import TensorSpec
 
 Quantise = Literal["nf4-double", "nf4", "none"]
@@ -163,13 +166,47 @@ class BaseFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of `moka_core.base_fingerprint`: equal for every precision of one model."""
+        """`moka_core.base_fingerprint`: one base for `base_difference`, in every precision of one model.
+
+        Of the linear weights, only the blocks that the sketch looks at are read.
+        """
         norms = {
             name: self.tensor(name).astype(np.float32)
             for name in self.files
             if name.endswith("norm.weight") and not _IGNORED.fullmatch(name)
         }
-        return base_fingerprint(self.config, norms)
+        places = {name: flax_place(name) for name in self.files}
+        linear = [name for name, place in places.items() if place is not None and place.packable]
+        layers = {name.removesuffix(".weight"): self._blocks(name) for name in linear}
+        return base_fingerprint(self.config, norms, layers)
+
+    def _blocks(self, name: str) -> LinearWeight | None:
+        """A linear weight whose blocks can be read; None if it is no dense matrix, and not NF4."""
+        shape, dtype = self._headers[name]
+        packed = f"{name}.{STATE_KEY}" in self.files
+        if packed:
+            try:
+                entries = math.prod(self._spec(name, shape, dtype).shape)
+            except ModelError:  # `specs` tells; there is nothing to compare
+                return None
+            if dtype != "U8" or shape != (-(-entries // 2), 1):
+                return None
+        elif dtype not in _DTYPES or len(shape) != 2:
+            return None
+        else:
+            entries = math.prod(shape)
+
+        def read(numbers: Sequence[int]) -> list[np.ndarray]:
+            size, end = (BLOCK // 2, shape[0]) if packed else (BLOCK, entries)
+            spans = [(number * size, min((number + 1) * size, end)) for number in numbers]
+            try:
+                with safe_open(self.files[name], framework="np") as file:
+                    part = file.get_slice(name)
+                    return [_entries(part, start, stop, shape[1]) for start, stop in spans]
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{self.files[name]}: expected a safetensors file with {name}; {error}") from error
+
+        return LinearWeight(entries=entries, read=read)
 
     def weights(self) -> Iterator[tuple[str, np.ndarray | Nf4Weight]]:
         """(checkpoint name, value) of every tensor that our LLaMA has a place for; packed ones as one value.
@@ -375,6 +412,14 @@ def _is_finite(value: np.ndarray) -> bool:
     if value.dtype == ml_dtypes.bfloat16:  # ml_dtypes is slow at it: the exponent's bits tell
         return all(((piece.view(np.uint16) & 0x7F80) != 0x7F80).all() for piece in pieces)
     return all(np.isfinite(piece).all() for piece in pieces)
+
+
+def _entries(part: Any, start: int, stop: int, columns: int) -> np.ndarray:
+    """The entries start..stop-1 of a matrix in a file, row by row, of which nothing else is read."""
+    first, last = start // columns, (stop - 1) // columns
+    if first == last:
+        return part[first : first + 1, start - first * columns : stop - first * columns].reshape(-1)
+    return part[first : last + 1].reshape(-1)[start - first * columns : stop - first * columns]
 
 
 def _is_shard(name: Any) -> bool:

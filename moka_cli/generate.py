@@ -22,6 +22,7 @@ def run_generate(
     *,
     prompts_file: Path | None,
     adapter: Path | None,
+    allow_other_base: bool,
     quantise: str,
     max_new_tokens: int,
     batch_size: int,
@@ -33,11 +34,13 @@ def run_generate(
 
     Args:
         prompts, prompts_file: those of the file come after the others.
+        allow_other_base: take an adapter that was trained on another base model.
         batch_size: how many prompts are read at once; the completions do not depend on it.
         as_json: print one JSON object a line, nothing else.
         settings: the fields of `moka_jax.llama.Sampling`.
     """
     from conversion import load_adapter, open_base
+    from moka_core import check_base
     from moka_jax import import_adapter
     from moka_jax.llama import LlamaConfig, Sampling, check_prompts
     from moka_jax.train.data import text_problem
@@ -54,13 +57,16 @@ def run_generate(
         raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
     value = None if adapter is None else load_adapter(adapter)
     tokenizer = load_tokenizer(base)
-    config = LlamaConfig.from_hf_config(open_base(base, quantise=quantise).config)  # type: ignore[arg-type]
+    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
+    config = LlamaConfig.from_hf_config(opened.config)
+    if value is not None:
+        check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     rows = [prompt_tokens(tokenizer, text, raw=raw) for text in texts]
     check_prompts(config, rows, max_new_tokens=max_new_tokens, single=len(rows) == 1)
     ask = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens(tokenizer, base), "sampling": sampling}
     model = load_model(base, quantise=quantise)
     if value is not None:
-        import_adapter(model, value)
+        import_adapter(model, value, allow_other_base=allow_other_base)
     if len(rows) == 1 and not as_json:
         _print_as_it_comes(model, tokenizer, rows[0], ask)
         return

@@ -152,6 +152,9 @@ def generate(
         Path | None, typer.Option(help='File with a prompt a line; .jsonl: JSON strings, or objects with "prompt".')
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without one the base model answers.")] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Take an adapter that was trained on another base model.")
+    ] = False,
     quantise: Quantise = "nf4-double",
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add to each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token; above: draw one.")] = 0.0,
@@ -173,6 +176,7 @@ def generate(
         prompt or [],
         prompts_file=prompts,
         adapter=adapter,
+        allow_other_base=allow_other_base,
         quantise=quantise,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

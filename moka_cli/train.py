@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moka_core import ConfigError, ModelError
+from moka_core import ConfigError, ModelError, base_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,10 +134,11 @@ def trained_model(run: Path, *, base: Path | None = None, which: Which = "last")
     if not Path(folder).is_dir():
         raise ModelError(f"{folder}: the run's base model is not there any more; say where it is with --base FOLDER")
     opened = open_base(folder, quantise="none")
-    if fingerprint is not None and opened.fingerprint != fingerprint:
+    difference = None if fingerprint is None else base_difference(fingerprint, opened.fingerprint)
+    if difference is not None:
         raise ModelError(
-            f"{folder}: holds another model than the one that {run} trained on: expected fingerprint "
-            f"{fingerprint[:16]}…, got {opened.fingerprint[:16]}…; say where the base is with --base FOLDER"
+            f"{folder}: holds another model than the one that {run} trained on: {difference}; say where the base is "
+            "with --base FOLDER"
         )
 
     def build() -> Llama:

@@ -4,7 +4,7 @@ from moka_core.adapter import Adapter, LayerFactors
 from moka_core.architecture import Architecture, architecture
 from moka_core.config import MokaConfig
 from moka_core.errors import AdapterError, ConfigError, DataError, ModelError, MokaError, TargetError
-from moka_core.fingerprint import base_fingerprint
+from moka_core.fingerprint import base_difference, base_fingerprint, check_base
 from moka_core.nf4 import Nf4Weight, dequantise_nf4, quantise_nf4
 from moka_core.plan import KronShape, LayerPlan, ShapeGroup, plan_layer, plan_model
 from moka_core.presets import PRESETS, preset
@@ -26,7 +26,9 @@ __all__ = [
     "ShapeGroup",
     "TargetError",
     "architecture",
+    "base_difference",
     "base_fingerprint",
+    "check_base",
     "dequantise_nf4",
     "plan_layer",
     "plan_model",

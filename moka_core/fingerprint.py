@@ -1,16 +1,18 @@
-"""A digest of a base model that is the same before and after quantisation."""
+"""What a base model is told by: the same before and after rounding and quantisation, another after training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from moka_core.errors import ModelError
+from moka_core.errors import AdapterError, ModelError
+from moka_core.sketch import UNKNOWN, LinearWeight, sketch_weights
 
 _NUMBERS = (
     "hidden_size",
@@ -21,17 +23,28 @@ _NUMBERS = (
     "head_dim",
     "rms_norm_eps",
 )
+# Of a kind's digits that both fingerprints know, the share that may differ. Measured in docs/fingerprint.md.
+MOST_DIFFERENT = 0.4
+FEWEST_KNOWN = 48  # a kind of fewer digits known to both says nothing
+_PARTS = re.compile(r"([0-9a-f]{64})\.([A-Za-z0-9_]+:[0-9a-f.]+(?:/[A-Za-z0-9_]+:[0-9a-f.]+)*)")
 
 
-def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarray]) -> str:
-    """A hexadecimal SHA-256 of what 4-bit quantisation leaves alone: architecture numbers and norm weights.
+def base_fingerprint(
+    hf_config: Mapping[str, Any],
+    norms: Mapping[str, np.ndarray],
+    layers: Mapping[str, LinearWeight | None] | None = None,
+) -> str:
+    """A digest of a base model's architecture and norm weights, then "." and a sketch of its linear weights.
 
-    Norm weights are rounded to bfloat16 first (to nearest, ties to even), so one checkpoint gives one digest
-    whether it is held in float32, bfloat16 or under NF4.
+    The digest is the hexadecimal SHA-256 of what 4-bit quantisation leaves alone: architecture numbers and norm
+    weights. The latter are rounded to bfloat16 first (to nearest, ties to even), so one checkpoint gives one digest
+    whether it is held in float32, bfloat16 or under NF4. The sketch is `sketch_weights`: some of its digits are others
+    after rounding, most are after training. `base_difference` compares two.
 
     Args:
         hf_config: the fields of the model's `config.json`.
         norms: every norm weight, float32, by its name in a Hugging Face checkpoint.
+        layers: see `sketch_weights`; without any, the fingerprint is the digest alone.
 
     Raises:
         ModelError: the rotary settings are no mapping, or their rope_theta is no positive number.
@@ -52,7 +65,74 @@ def base_fingerprint(hf_config: Mapping[str, Any], norms: Mapping[str, np.ndarra
         weight = np.ascontiguousarray(norms[name], dtype=np.float32)
         digest.update(f"{name}{weight.shape}".encode())
         digest.update(_bfloat16_bits(weight).tobytes())
-    return digest.hexdigest()
+    sketch = sketch_weights(layers or {})
+    return f"{digest.hexdigest()}.{sketch}" if sketch else digest.hexdigest()
+
+
+def base_difference(expected: str, found: str) -> str | None:
+    """What tells two base models apart by their fingerprints, in words; None if they count as one.
+
+    They do if their digests are equal, and, of each kind of linear layer that both know, at most 40 % of the digits
+    that both know differ. A kind of fewer than 48 such digits is not compared, and nothing but the digest is if a
+    fingerprint is a digest alone. A text that is no such fingerprint counts as a digest.
+
+    >>> base_difference("0" * 64, "0" * 64 + ".q_proj:0123456789abcdef") is None
+    True
+    """
+    one, other = _parts(expected), _parts(found)
+    if one[0] != other[0]:
+        return f"expected {_short(expected)}, got {_short(found)}: other architecture numbers or norm weights"
+    kinds = []
+    for kind in sorted(set(one[1]) & set(other[1])):
+        digits = one[1][kind], other[1][kind]
+        if len(digits[0]) != len(digits[1]):
+            kinds.append(f"{kind} {len(digits[1])} samples in place of {len(digits[0])}")
+            continue
+        known = [pair for pair in zip(*digits, strict=True) if UNKNOWN not in pair]
+        differing = sum(a != b for a, b in known)
+        if len(known) >= FEWEST_KNOWN and differing > MOST_DIFFERENT * len(known):
+            kinds.append(f"{kind} in {differing} of {len(known)} samples")
+    if not kinds:
+        return None
+    return f"the architecture and the norm weights of {_short(expected)}, but other linear weights: {', '.join(kinds)}"
+
+
+def check_base(expected: str | None, found: str | None, *, allow_other_base: bool = False) -> str | None:
+    """The fingerprint that an adapter has on this base: what it expects if that is this base, else the base's own.
+
+    Args:
+        expected: the base that the adapter was trained on; None goes on any.
+        found: the base that it is to go on; None if it has no fingerprint.
+        allow_other_base: let it go on another base, or on one that cannot be told.
+
+    Raises:
+        AdapterError: it is another base, or has no fingerprint to tell by.
+    """
+    if expected is None:
+        return found
+    if found is None:
+        difference: str | None = f"expected {_short(expected)}, and this model has no fingerprint to tell it by"
+    else:
+        difference = base_difference(expected, found)
+    if difference is not None and not allow_other_base:
+        raise AdapterError(
+            f"base_fingerprint: the adapter was trained on another base model: {difference}. Load the adapter's own "
+            "base (base_model_name_or_path in its adapter_config.json), or allow another base explicitly "
+            "(allow_other_base=True, --allow-other-base)"
+        )
+    return expected if difference is None and _parts(expected)[1] else found
+
+
+def _parts(fingerprint: str) -> tuple[str, dict[str, str]]:
+    """The digest, and the digits of every kind."""
+    found = _PARTS.fullmatch(fingerprint)
+    if found is None:
+        return fingerprint, {}
+    return found[1], dict(entry.split(":") for entry in found[2].split("/"))
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint if len(fingerprint) <= 16 else f"{fingerprint[:16]}…"
 
 
 def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def quantise_nf4(weight: np.ndarray, *, double: bool = True) -> Nf4Weight:
         piece = flat[start : start + _PIECE].astype(np.float32, copy=False)
         if not np.isfinite(piece).all():
             return False
-        levels, scales = _nearest_levels(piece)
+        levels, scales = nearest_levels(piece)
         codes[start // 2 : start // 2 + len(levels) // 2] = (levels[0::2] << 4) | levels[1::2]
         absmax[start // BLOCK : start // BLOCK + len(scales)] = scales
         return True
@@ -166,7 +166,7 @@ def quantise_nf4(weight: np.ndarray, *, double: bool = True) -> Nf4Weight:
     return Nf4Weight(shape=shape, codes=codes, scales=scales, dtype=dtype)
 
 
-def _nearest_levels(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_levels(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The number of the nearest level for every entry, uint8, padded to an even count, and the scale of every block."""
     full = piece.size // BLOCK * BLOCK
     blocks = piece[:full].reshape(-1, BLOCK)

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.bridge import ToNNX
 
-from moka_core import Adapter, AdapterError, ConfigError, LayerPlan, MokaConfig, TargetError, plan_model, preset
+from moka_core import (
+    Adapter,
+    AdapterError,
+    ConfigError,
+    LayerPlan,
+    MokaConfig,
+    TargetError,
+    check_base,
+    plan_model,
+    preset,
+)
 from moka_core.adapter import raise_problems
 from moka_core.config import ALL_LINEAR
 from moka_core.execution import Execution
@@ -95,7 +105,8 @@ def import_adapter(
     """The model with a trained adapter on it; changed in place, and returned. Nothing changes if it does not fit.
 
     Args:
-        allow_other_base: accept an adapter that was trained on another base model.
+        allow_other_base: accept an adapter that was trained on another base model, or one whose base cannot be told
+            since this model has no `base_fingerprint`.
         execution: see `MokaLinear`.
 
     Raises:
@@ -111,9 +122,8 @@ def import_adapter(
     sites = linear_sites(model)
     if any(isinstance(site.module, MokaLinear) for site in sites):
         raise ConfigError("import_adapter: this model has an adapter already; merge it first, or load the base again")
-    fingerprint = getattr(model, "base_fingerprint", None)
-    if not allow_other_base:
-        check_base(adapter.base_fingerprint, fingerprint)
+    found = getattr(model, "base_fingerprint", None)
+    check_base(adapter.base_fingerprint, found, allow_other_base=allow_other_base)
     dims = {name: site.dims for site in sites for name in site.names}
     problems = [f"{name}: this model has no such linear layer" for name in sorted(set(adapter.layers) - set(dims))]
     for name in sorted(set(adapter.layers) & set(dims)):
@@ -170,15 +180,6 @@ def _check_model(verb: str, model: nnx.Module) -> None:
     if not isinstance(model, nnx.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConfigError(f"{verb}: expected a model, an instance of nnx.Module, as the first argument; got {got}")
-
-
-def check_base(adapter: str | None, model: str | None) -> None:
-    """Raise an AdapterError if both fingerprints are known and differ."""
-    if adapter is not None and model is not None and adapter != model:
-        raise AdapterError(
-            f"this adapter was trained on another base model: expected fingerprint {adapter[:16]}…, "
-            f"this base has {model[:16]}…; load the base that it was trained on, or allow another base explicitly"
-        )
 
 
 def _adapted(

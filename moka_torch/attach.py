@@ -105,6 +105,8 @@ def import_adapter(
     adapter: Adapter,
     adapter_name: str = "default",
     execution: Execution | None = None,
+    *,
+    allow_other_base: bool = False,
 ) -> PeftModel:
     """`model` with `adapter` on it, value for value, as a PeftModel.
 
@@ -113,6 +115,8 @@ def import_adapter(
 
     Args:
         execution: in place of the config's; see `MokaLinear`.
+        allow_other_base: accept an adapter that was trained on another base model; it then states this one's
+            fingerprint.
 
     Raises:
         AdapterError: the adapter is not valid, belongs to another base model, or was made for other layers than
@@ -121,7 +125,7 @@ def import_adapter(
     """
     adapter.validate()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_fingerprint(adapter.base_fingerprint, base)
+    check_fingerprint(adapter.base_fingerprint, base, allow_other_base=allow_other_base)
     stated = {path: layer.plan.key for path, layer in adapter.layers.items()}
     plan_stated(adapter.config, stated, base)
 
@@ -130,6 +134,7 @@ def import_adapter(
         task_type=_task_type(base),
         base_fingerprint=adapter.base_fingerprint,
         layers=stated,
+        allow_other_base=allow_other_base,
     )
     if execution is not None:
         config = dataclasses.replace(config, execution=execution)

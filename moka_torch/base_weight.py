@@ -46,7 +46,7 @@ def special(base: nn.Module) -> str | None:
         if type(base.weight) in (nn.Parameter, Tensor):
             return None
         return f"its weight is a {type(base.weight).__name__}, not a plain parameter"
-    if _is_4bit(base):
+    if is_4bit(base):
         return None
     return f"it is a {type(base).__name__}, which multiplies in a way of its own"
 
@@ -118,7 +118,7 @@ def _decode(state: Any, codes: Tensor, dtype: torch.dtype) -> Tensor:
     return bnb.functional.dequantize_4bit(codes, wanted).to(dtype)
 
 
-def _is_4bit(base: nn.Module) -> bool:
+def is_4bit(base: nn.Module) -> bool:
     if type(base).__module__.partition(".")[0] != "bitsandbytes":
         return False
     import bitsandbytes as bnb

@@ -46,7 +46,7 @@ CHOICE_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "la
 STATED_FIELDS = ("target_modules", "shapes", *PATTERN_FIELDS, "layers", "base_fingerprint", "base_quantisation")
 BIASES = ("none", "all", "moka_only")
 # Fields that say how an adapter is made or computed, not what it is.
-OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "filled_in", "sealed", "taken")
+OWN_RUNTIME_FIELDS = (*RUNTIME_FIELDS, "init_weights", "allow_other_base", "filled_in", "sealed", "taken")
 
 # What LoRA and LoKr call it: MoKA's name, or why it has none.
 _NAMES_HERE = {
@@ -141,6 +141,8 @@ class MokaConfig(PeftConfig):
             adapter_config.json does not hold it. It can be given when a folder is loaded:
             `PeftModel.from_pretrained(model, folder, execution=...)`. PEFT passes it on neither from
             `load_adapter` nor together with `config`: set it on that config, or `execution` on the layers.
+        allow_other_base: let a saved adapter go on another base model than its own, whose fingerprint it then states;
+            given and kept like `execution`.
         format_version: of the adapter folder.
         base_fingerprint: of the base model that the adapter belongs to; filled in by `get_peft_model`.
         base_quantisation: how that base's linear weights are held, "nf4-double", "nf4" or "none"; filled in likewise,
@@ -181,6 +183,7 @@ class MokaConfig(PeftConfig):
     bias: str = "none"
     init_weights: bool = True
     execution: str = "auto"
+    allow_other_base: bool = False
     format_version: int = FORMAT_VERSION
     base_fingerprint: str | None = None
     base_quantisation: str | None = None
@@ -195,7 +198,7 @@ class MokaConfig(PeftConfig):
         self.peft_type = MokaPeftType.MOKA
         _check_format_version(self.format_version)
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
-            raise ConfigError(f"base_fingerprint: expected a hexadecimal digest or null; got {self.base_fingerprint!r}")
+            raise ConfigError(f"base_fingerprint: expected a fingerprint (text) or null; got {self.base_fingerprint!r}")
         if self.base_quantisation not in (None, *QUANTISATIONS):
             raise ConfigError(
                 f"base_quantisation: expected {', '.join(QUANTISATIONS)} or null; got {self.base_quantisation!r}"
@@ -244,8 +247,9 @@ class MokaConfig(PeftConfig):
             raise ConfigError("layers_pattern: says which layers layers_to_transform counts, and that is not given")
         if self.bias not in BIASES:
             raise ConfigError(f"bias: expected one of {', '.join(BIASES)}; got {self.bias!r}")
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights: expected true or false; got {self.init_weights!r}")
+        for name in ("init_weights", "allow_other_base"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false; got {getattr(self, name)!r}")
 
     @property
     def beyond_mixture(self) -> list[str]:
@@ -354,11 +358,11 @@ class MokaConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> MokaConfig:
-        """The config in a folder or on the Hub; `execution` is the caller's, everything else the file's.
+        """The config in a folder or on the Hub; how it is computed is the caller's, everything else the file's.
 
         Args:
-            kwargs: `execution`, `init_weights`, and what `huggingface_hub.hf_hub_download` takes. Fields that the
-                file holds may be given only as they stand there.
+            kwargs: `execution`, `allow_other_base`, `init_weights`, and what `huggingface_hub.hf_hub_download` takes.
+                Fields that the file holds may be given only as they stand there.
 
         Raises:
             ConfigError: a field is invalid, missing, or given otherwise than in the file, or a key of the file is

@@ -97,7 +97,8 @@ class MokaModel(BaseTuner):
         if config.layers:
             config.spell_out()
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
-        fingerprint = check_fingerprint(config.base_fingerprint, model)
+        allowed = config.allow_other_base
+        fingerprint = check_fingerprint(config.base_fingerprint, model, allow_other_base=allowed)
         stated = config.stated(plans, fingerprint, quantisation(model))
         config = self.peft_config[adapter_name] = given.take_over(stated)
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and

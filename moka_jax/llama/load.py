@@ -37,7 +37,7 @@ class BaseTensors(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of `moka_core.base_fingerprint`."""
+        """See `moka_core.base_fingerprint`."""
 
     def flax_specs(self) -> Iterator[tuple[Path, int | None, TensorSpec]]:
         """(path in our LLaMA, layer or None, what it will be): shape (in, out) if dense, (out, in) if packed."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from moka_core import MokaError
+from moka_core import MokaError, base_difference
 from moka_jax.sharding import place
 from moka_jax.train.config import differing_settings
 from moka_jax.train.processes import is_first, wait_for_all, whole
@@ -269,10 +269,14 @@ def _whole_digest(state: TrainState, data: grain.DatasetIterator[Any]) -> str:
 
 
 def _check_same_run(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changes = differing_settings(saved, now, names=("the checkpoint", "this run"))
+    before, base, changes = saved.get("base model"), now.get("base model"), []
+    if isinstance(before, str) and isinstance(base, str):  # one model has several fingerprints, by its precision
+        now = {**now, "base model": before}
+        changes += [f"another base model: {told}" for told in [base_difference(before, base)] if told]
+    changes += filter(None, [differing_settings(saved, now, names=("the checkpoint", "this run"))])
     if changes:
         raise CheckpointError(
-            f"{where}: this checkpoint belongs to another run; {changes}\n"
+            f"{where}: this checkpoint belongs to another run; {'; '.join(changes)}\n"
             "set them back to resume it, or use another output folder"
         )
 
