@@ -1,10 +1,10 @@
 """A sketch of a model's linear weights that survives rounding and 4-bit packing, and does not survive training.
 
-Of every kind of linear layer (q_proj, …) at least 64 groups are looked at, each of 16 blocks of 64 entries: NF4's own
-blocks. All that counts of an entry is whether its NF4 code is below, at, or above the level of zero, so that a packed
-weight tells the same as the dense one that it was packed from. Those two borders lie at 4 % of a block's largest
-entry, where rounding, whose error is a share of the entry, moves little across; training moves entries by a share of
-the weight's spread, however small they are. A group's symbols are hashed to one hexadecimal digit.
+Of every kind of linear layer (q_proj, …) at least 64 groups are looked at, each of 16 blocks of 64 entries (NF4's own;
+fewer where a weight is small). All that counts of an entry is whether its NF4 code is below, at, or above the level
+of zero, so that a packed weight tells the same as the dense one that it was packed from. Those two borders lie at 4 %
+of a block's largest entry, where rounding, whose error is a share of the entry, moves little across; training moves
+entries by a share of the weight's spread, however small they are. A group's symbols are hashed to one digit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from moka_core.nf4 import BLOCK, nearest_levels
 
 GROUPS = 64  # of a kind, at least
-BLOCKS = 16  # of a group
+BLOCKS = 16  # of a group, at most
 UNKNOWN = "."
 _ZERO = 7  # the level of 0
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 times the golden ratio's fractional part
@@ -69,18 +69,22 @@ def sampled_kind(path: str) -> str | None:
     return kind if numbered and re.fullmatch(r"[A-Za-z0-9_]+", kind) else None
 
 
-def sampled_blocks(group: int, entries: int) -> list[int]:
-    """The numbers of the blocks that a group of its kind looks at, in a weight of so many entries.
+def sampled_blocks(group: int, entries: int, each: int) -> list[int]:
+    """The numbers of the blocks that a group of its kind looks at, in a weight that gives `each` groups.
 
-    Number i of group q is ⌊((16·q + i + 1)·φ mod 1)·blocks⌋, with φ the golden ratio in 64 bits: any run of them is
-    spread evenly over the weight.
+    Number i of group q is ⌊((n·q + i + 1)·φ mod 1)·blocks⌋ for i = 0..n-1, with φ the golden ratio in 64 bits: any run
+    of them is spread evenly over the weight. n is 16, or less, at least 1, where the groups would share blocks: then
+    an entry that is rounded across a border would change many of them.
 
-    >>> sampled_blocks(0, 64 * 1000)[:4]
+    >>> sampled_blocks(0, entries=64 * 1000, each=2)[:4]
     [618, 236, 854, 472]
+    >>> sampled_blocks(0, entries=64 * 32, each=32), sampled_blocks(1, entries=64 * 32, each=32)
+    ([19], [7])
     """
     blocks = -(-entries // BLOCK)
-    first = group * BLOCKS + 1
-    return [((number * _GOLDEN) % 2**64 * blocks) >> 64 for number in range(first, first + BLOCKS)]
+    count = max(1, min(BLOCKS, blocks // each))
+    first = group * count + 1
+    return [((number * _GOLDEN) % 2**64 * blocks) >> 64 for number in range(first, first + count)]
 
 
 def _digits(layers: Sequence[LinearWeight | None]) -> str:
@@ -92,10 +96,12 @@ def _digits(layers: Sequence[LinearWeight | None]) -> str:
 def _layer_digits(layer: LinearWeight | None, first: int, count: int) -> str:
     if layer is None or not layer.entries:
         return UNKNOWN * count
-    numbers = [number for group in range(first, first + count) for number in sampled_blocks(group, layer.entries)]
+    chosen = [sampled_blocks(group, layer.entries, count) for group in range(first, first + count)]
+    numbers = [number for blocks in chosen for number in blocks]
     sizes = [min(BLOCK, layer.entries - number * BLOCK) for number in numbers]
     symbols = _symbols(layer.read(numbers), sizes)
-    groups = [symbols[start : start + BLOCKS] for start in range(0, len(symbols), BLOCKS)]
+    size = len(chosen[0])
+    groups = [symbols[start : start + size] for start in range(0, len(symbols), size)]
     return "".join(UNKNOWN if None in group else _digit(b"".join(filter(None, group))) for group in groups)
 
 

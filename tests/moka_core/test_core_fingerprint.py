@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from moka_core import ModelError, base_fingerprint
+from moka_core import AdapterError, ModelError, base_difference, base_fingerprint, check_base
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,
@@ -65,6 +65,12 @@ def test_rounding_to_bfloat16_is_to_nearest_with_ties_to_even() -> None:
 
 def test_the_order_in_which_norms_are_read_does_not_matter() -> None:
     assert digest(dict(reversed(norms().items()))) == digest()
+
+
+def test_the_sketch_of_the_linear_weights_follows_the_digest() -> None:
+    layers = {"model.layers.0.self_attn.q_proj": None, "model.layers.1.self_attn.q_proj": None, "lm_head": None}
+    assert base_fingerprint(CONFIG, norms(), layers) == f"{digest()}.q_proj:{'.' * 64}"
+    assert base_fingerprint(CONFIG, norms(), {"lm_head": None}) == digest()
 
 
 def changed_norm() -> dict[str, np.ndarray]:
@@ -178,3 +184,89 @@ def test_rotary_settings_that_are_none_are_refused(changes: dict[str, Any], mess
 
 def test_numbers_that_are_none_give_a_digest_and_no_foreign_error() -> None:
     assert len(base_fingerprint({"hidden_size": "64", "num_attention_heads": 0}, {})) == 64
+
+
+# ---- two fingerprints
+
+
+A, B = "0123456789abcdef" * 4, "fedcba9876543210" * 4
+Q, V = "0123456789abcdef" * 4, "a" * 64
+
+
+def sketched(q: str = Q, v: str = V, digest: str = A) -> str:
+    return f"{digest}.q_proj:{q}/v_proj:{v}"
+
+
+def changed(digits: str, count: int) -> str:
+    """The digits, the first ones others."""
+    return "".join("1" if digit == "0" else "0" for digit in digits[:count]) + digits[count:]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sketched(),
+        sketched(q=changed(Q, 25)),
+        sketched(q=changed(Q, 25), v=changed(V, 25)),
+        A,
+        sketched(q="." * 64),
+        sketched(q="." * 32 + changed(Q, 64)[32:]),
+        f"{A}.v_proj:{V}",
+        f"{A}.up_proj:{'5' * 64}",
+    ],
+    ids=["itself", "rounded", "rounded everywhere", "no sketch", "unknown", "too few known", "a kind less", "others"],
+)
+def test_one_base_has_several_fingerprints(other: str) -> None:
+    assert base_difference(sketched(), other) is None
+    assert base_difference(other, sketched()) is None
+    assert check_base(sketched(), other) == sketched()
+
+
+LINEAR = "the architecture and the norm weights of 0123456789abcdef…, but other linear weights: "
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (B, "expected 0123456789abcdef…, got fedcba9876543210…: other architecture numbers or norm weights"),
+        (sketched(digest=B), "expected 0123456789abcdef…, got fedcba9876543210…: other architecture numbers"),
+        ("mine", "expected 0123456789abcdef…, got mine: other architecture numbers"),
+        (sketched(q=changed(Q, 26)), LINEAR + "q_proj in 26 of 64 samples"),
+        (sketched(q="." * 16 + changed(Q, 36)[16:]), LINEAR + "q_proj in 20 of 48 samples"),
+        (
+            sketched(q=changed(Q, 64), v=changed(V, 31)),
+            LINEAR + "q_proj in 64 of 64 samples, v_proj in 31 of 64 samples",
+        ),
+        (sketched(v=V[:32]), LINEAR + "v_proj 32 samples in place of 64"),
+    ],
+)
+def test_another_base_is_told_by_what_differs(other: str, message: str) -> None:
+    told = base_difference(sketched(), other)
+    assert told is not None
+    assert message in told
+    with pytest.raises(AdapterError) as refused:
+        check_base(sketched(), other)
+    assert str(refused.value).startswith("base_fingerprint: the adapter was trained on another base model: " + told)
+    assert "Load the adapter's own base" in str(refused.value)
+    assert "allow_other_base=True, --allow-other-base" in str(refused.value)
+    assert check_base(sketched(), other, allow_other_base=True) == other
+
+
+def test_texts_of_other_kinds_are_compared_whole() -> None:
+    assert base_difference("mine", "mine") is None
+    assert base_difference("mine.q_proj:00", "mine.q_proj:01") is not None
+
+
+def test_a_base_that_cannot_be_told_is_refused_unless_allowed() -> None:
+    with pytest.raises(AdapterError, match="expected 0123456789abcdef…, and this model has no fingerprint to tell it"):
+        check_base(A, None)
+    assert check_base(A, None, allow_other_base=True) is None
+
+
+def test_an_adapter_without_a_fingerprint_goes_on_any_base() -> None:
+    assert check_base(None, B) == B
+    assert check_base(None, None) is None
+
+
+def test_an_older_fingerprint_is_replaced_by_one_that_says_more() -> None:
+    assert check_base(A, sketched()) == sketched()

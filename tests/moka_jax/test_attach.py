@@ -297,7 +297,23 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed():
     same = tiny_llama()
     same.base_fingerprint = "a" * 64
     import_adapter(same, adapter)
-    import_adapter(tiny_llama(), adapter)  # a base without a fingerprint cannot be told apart
+    refused(tiny_llama(), AdapterError, lambda m: import_adapter(m, adapter), "this model has no fingerprint")
+    unknown = import_adapter(tiny_llama(), adapter, allow_other_base=True)
+    assert export_adapter(unknown).base_fingerprint is None
+    import_adapter(tiny_llama(), random_adapter(tiny_llama()))  # it names no base
+
+
+def test_a_base_in_another_precision_is_the_same_base():
+    digits = "0123456789abcdef" * 4
+    rounded = f"{'a' * 64}.q_proj:{digits.replace('3', '4')}"
+    adapter = random_adapter(tiny_llama(), base_fingerprint=f"{'a' * 64}.q_proj:{digits}")
+    model = tiny_llama()
+    model.base_fingerprint = rounded
+    import_adapter(model, adapter)
+    tuned = tiny_llama()
+    tuned.base_fingerprint = f"{'a' * 64}.q_proj:{'5' * 64}"
+    act = lambda m: import_adapter(m, adapter)  # noqa: E731
+    refused(tuned, AdapterError, act, "other linear weights: q_proj in 60 of 64 samples")
 
 
 def test_a_layer_that_cannot_be_replaced_everywhere_is_refused():

@@ -82,7 +82,7 @@ def test_config_and_core_config_are_two_views_of_one():
         ({"identity": "b"}, "zero_factor: factor 'b' is the fixed identity"),
         ({"target_modules": []}, "target_modules: expected at least one name"),
         ({"format_version": 3}, "format_version: expected 2; got 3. A later version of moka"),
-        ({"base_fingerprint": 5}, "base_fingerprint: expected a hexadecimal digest or null; got 5"),
+        ({"base_fingerprint": 5}, "base_fingerprint: expected a fingerprint (text) or null; got 5"),
     ],
 )
 def test_config_is_validated_when_built(fields, message):
@@ -244,7 +244,7 @@ def test_another_base_is_refused(load):
     config = MokaConfig(**CONFIG, base_fingerprint=model_fingerprint(load()))
     with pytest.raises(AdapterError, match="base_fingerprint: the adapter was trained on another base model"):
         get_peft_model(other, config)
-    with pytest.raises(AdapterError, match="this model has no config"):
+    with pytest.raises(AdapterError, match="this model has no fingerprint"):
         get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}), config)
     get_peft_model(load(), config)
 
