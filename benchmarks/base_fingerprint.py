@@ -24,7 +24,7 @@ from moka_core.nf4 import BLOCK
 from moka_core.oracle import dense_delta
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2)  # of ||ΔW|| / ||W||
-STEPS = (1, 2, 5, 10, 20)
+RATES, STEPS = (1e-5, 1e-4), (1, 5, 10, 20)
 Weights = dict[str, np.ndarray]
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, help="model folder with dense weights")
     parser.add_argument("--adapter", type=Path, help="adapter folder to merge")
     parser.add_argument("--text", type=Path, help="JSON lines with prompt and completion, for AdamW on all weights")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of the random changes; 0 leaves them out")
     arguments = parser.parse_args(argv)
     base = open_base(arguments.base, quantise="none")
     stored = {
@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         merged = {**stored, **{path: (stored[path] + delta[path]).astype(np.float32) for path in delta}}
         report(f"merged adapter, sizes {min(sizes):.1e} to {max(sizes):.1e}", digits(stored), digits(merged))
     if arguments.text is not None:
-        for rate in (1e-6, 1e-5):
+        for rate in RATES:
             for step, after in fine_tuned(arguments.base, arguments.text, stored, rate):
                 sizes = [np.linalg.norm(after[path] - stored[path]) / np.linalg.norm(stored[path]) for path in stored]
                 case = f"AdamW {rate:g}, step {step}, sizes {min(sizes):.1e} to {max(sizes):.1e}"
-                report(case, digits(stored), digits(after))
+                report(f"{case}, median {np.median(sizes):.1e}", digits(stored), digits(after))
 
 
 def smooth(weights: Weights) -> Weights:

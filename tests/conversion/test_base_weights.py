@@ -15,9 +15,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from conversion import open_base
+from conversion import BaseFolder, open_base
 from conversion.base_weights import _TABLE, checkpoint_name, flax_place, to_checkpoint
-from moka_core import ModelError, Nf4Weight, dequantise_nf4, quantise_nf4
+from moka_core import ModelError, Nf4Weight, base_difference, dequantise_nf4, quantise_nf4
 
 INDEX = "model.safetensors.index.json"
 
@@ -249,7 +249,77 @@ def test_dense_gives_the_weight_that_the_model_computes_with(folders: dict[str, 
 
 def test_one_model_has_one_fingerprint_however_it_is_saved(folders: dict[str, Path]) -> None:
     found = {name: open_base(folders[name]).fingerprint for name in ("dense", "sharded", "bf16", "nf4", "nf4-double")}
-    assert len(set(found.values())) == 1, found
+    assert found["dense"] == found["sharded"] == found["nf4"] == found["nf4-double"]
+    assert base_difference(found["dense"], found["bf16"]) is None
+    digest, _, sketch = found["dense"].partition(".")
+    assert len(digest) == 64
+    kinds = "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"
+    assert re.fullmatch("/".join(f"{kind}:[0-9a-f]{{64}}" for kind in kinds), sketch)
+
+
+def save_changed(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> str:
+    """The fingerprint of a folder after a change of its tensors."""
+    tensors = {name: change(name, value) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    return open_base(folder).fingerprint
+
+
+def test_a_fine_tuned_base_has_another_fingerprint(folder: Path) -> None:
+    before, rng = open_base(folder).fingerprint, np.random.default_rng(0)
+
+    def merge_lora(name: str, value: np.ndarray) -> np.ndarray:
+        if not name.endswith(("q_proj.weight", "v_proj.weight")):
+            return value
+        delta = rng.normal(size=(value.shape[0], 4)) @ rng.normal(size=(4, value.shape[1]))
+        return (value + 0.05 * delta * np.linalg.norm(value) / np.linalg.norm(delta)).astype(np.float32)
+
+    told = base_difference(before, save_changed(folder, merge_lora))
+    assert told is not None
+    assert re.search(r"other linear weights: q_proj in \d+ of 64 samples, v_proj in \d+ of 64 samples$", told)
+
+
+def test_what_is_no_linear_layer_of_a_block_is_not_looked_at(folder: Path) -> None:
+    before = open_base(folder).fingerprint
+
+    def change(name: str, value: np.ndarray) -> np.ndarray:
+        return value + 1 if name in ("lm_head.weight", "model.embed_tokens.weight") else value
+
+    assert save_changed(folder, change) == before
+
+
+def test_a_folder_that_is_packed_in_part_has_the_same_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["v_proj"])
+    model = LlamaForCausalLM.from_pretrained(folders["dense"], quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert open_base(tmp_path).specs()["model.layers.0.self_attn.v_proj.weight"].packing is None
+    assert open_base(tmp_path).fingerprint == open_base(folders["dense"]).fingerprint
+
+
+def test_a_weight_that_is_packed_otherwise_has_no_digits(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = LlamaForCausalLM.from_pretrained(folders["dense"], quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    found = open_base(tmp_path).fingerprint
+    assert f"q_proj:{'.' * 64}/" in found
+    assert base_difference(open_base(folders["dense"]).fingerprint, found) is None
+
+
+def test_of_the_linear_weights_only_some_blocks_are_read(folders: dict[str, Path], monkeypatch: Any) -> None:
+    read: list[str] = []
+    tensor = BaseFolder.tensor
+    monkeypatch.setattr(BaseFolder, "tensor", lambda self, name: (read.append(name), tensor(self, name))[1])
+    for name in ("dense", "bf16", "nf4"):
+        assert open_base(folders[name]).fingerprint
+    assert read
+    assert all(name.endswith(("norm.weight", "bitsandbytes__nf4")) for name in read)
+
+
+def test_blocks_that_go_over_several_rows_are_read_whole(tmp_path: Path) -> None:
+    from moka_torch import model_fingerprint
+
+    model = tiny(hidden_size=40, intermediate_size=88)  # no width is a multiple of 64, down_proj's last block is short
+    model.save_pretrained(tmp_path)
+    assert open_base(tmp_path).fingerprint == model_fingerprint(model)
 
 
 def test_another_norm_weight_is_another_fingerprint(folder: Path) -> None:

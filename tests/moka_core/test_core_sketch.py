@@ -113,7 +113,9 @@ def moved(values: Weights, size: float, only: tuple[str, ...] = (), rank: int | 
     return result
 
 
-@pytest.mark.parametrize("keep", [lambda w: w, lambda w: w.astype(ml_dtypes.bfloat16), quantise_nf4], ids=str)
+@pytest.mark.parametrize(
+    "keep", [lambda w: w, lambda w: w.astype(ml_dtypes.bfloat16), quantise_nf4], ids=["float32", "bfloat16", "NF4"]
+)
 @pytest.mark.parametrize("rank", [16, None])
 @pytest.mark.parametrize("size", [3e-3, 1e-2])
 def test_training_is_another_model(size: float, rank: int | None, keep: Callable[[np.ndarray], np.ndarray]) -> None:
