@@ -119,7 +119,7 @@ def _symbols(blocks: Sequence[np.ndarray], sizes: Sequence[int]) -> list[bytes |
         codes = np.stack([stacked >> 4, stacked & 0xF], axis=-1)
     else:
         values = stacked.astype(np.float32)
-        finite = np.isfinite(values).all(axis=1)
+        finite = np.asarray(np.isfinite(values).all(axis=1))
         codes, _ = nearest_levels(np.where(finite[:, None], values, 0).reshape(-1))
     rows = (1 + (codes > _ZERO).astype(np.uint8) - (codes < _ZERO)).astype(np.uint8).reshape(len(blocks), -1)
     return [row[: sizes[0]].tobytes() if sound else None for row, sound in zip(rows, finite, strict=True)]

@@ -8,9 +8,11 @@ import shutil
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import moka_cli.generate
 import moka_cli.train
@@ -74,6 +76,12 @@ def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
     moved = shutil.copytree(base, run / "moved")
     assert call("export", run / "out", run / "elsewhere", "--base", moved) == 0
     assert load_adapter(run / "elsewhere").base_fingerprint == adapter.base_fingerprint
+    half = load_file(base / "model.safetensors")
+    half = {name: value.astype(ml_dtypes.bfloat16).astype(np.float32) for name, value in half.items()}
+    rounded = shutil.copytree(base, run / "rounded")
+    save_file(half, rounded / "model.safetensors", {"format": "pt"})
+    assert open_base(rounded).fingerprint != adapter.base_fingerprint
+    assert call("export", run / "out", run / "of rounded", "--base", rounded) == 0
     assert call("train", run / "run.yaml", "optimiser.warmup_steps=1", f"base={moved}") == 0, "a moved base resumes"
 
 
@@ -139,8 +147,25 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
     save_adapter(random_adapter(open_base(other), config), tmp_path / "adapter")
     assert call("generate", "--base", base, "--adapter", tmp_path / "adapter", "--prompt", "hello") == 1
     captured = capsys.readouterr()
-    assert "this adapter was trained on another base model" in captured.err
+    assert "the adapter was trained on another base model" in captured.err
+    assert "--allow-other-base" in captured.err
     assert "Traceback" not in captured.err
+    arguments = ["--adapter", tmp_path / "adapter", "--prompt", "hello", "--max-new-tokens", 2]
+    assert call("generate", "--base", base, *arguments, "--allow-other-base") == 0
+
+
+def test_an_adapter_of_another_base_is_refused_before_the_weights_are_read(base, tmp_path, capsys, monkeypatch):
+    tuned = save_tiny_llama(tmp_path / "tuned", vocab_size=320, max_position_embeddings=128)
+    tensors = load_file(tuned / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+        tensors[name] = tensors[name] + 0.01 * rng.normal(size=tensors[name].shape).astype(np.float32)
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj",))
+    save_adapter(random_adapter(open_base(tuned), config), tmp_path / "adapter")
+    monkeypatch.setattr(moka_cli.generate, "load_model", None)
+    assert call("generate", "--base", base, "--adapter", tmp_path / "adapter", "--prompt", "hello") == 1
+    assert "other linear weights: q_proj in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,23 @@ def test_if_none_is_sound_each_is_listed_and_left_alone(tmp_path: Path, batches_
     assert sorted(str(path) for path in folder.rglob("*")) == before
 
 
+def test_a_base_in_another_precision_resumes_and_a_fine_tuned_one_does_not(tmp_path: Path, batches_of: Any) -> None:
+    digits = "0123456789abcdef" * 4
+    trained_on = f"{'0' * 64}.q_proj:{digits}"
+    folder, batches = tmp_path / "c", batches_of()
+    with Checkpoints(folder, keep=9, meaning={**MEANING, "base model": trained_on}, config={}) as checkpoints:
+        checkpoints.save(state_of(1, step=1), batches)
+    rounded, tuned = f"{'0' * 64}.q_proj:{digits.replace('3', '4')}", f"{'0' * 64}.q_proj:{'7' * 64}"
+    assert restored_from(folder, batches_of(), **{"base model": rounded}).state.step == 1
+    told = "belongs to another run; another base model: the .* but other linear weights: q_proj in 60 of 64 samples"
+    with pytest.raises(CheckpointError, match=told):
+        restored_from(folder, batches_of(), **{"base model": tuned})
+    with pytest.raises(
+        CheckpointError, match="linear weights: q_proj in 60 of 64 samples; 1 setting differs:\n  seed: the"
+    ):
+        restored_from(folder, batches_of(), **{"base model": tuned, "seed": 9})
+
+
 def test_an_older_checkpoint_of_another_run_is_not_taken(tmp_path: Path, batches_of: Any) -> None:
     saved(tmp_path / "c", batches_of(), 2, 3)
     cut(tmp_path / "c" / "3" / "_CHECKPOINT_METADATA")

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
+from conversion import open_base
 from moka_core.nf4 import BLOCK, NF4_LEVELS
-from moka_torch import MokaConfig, attach, exact_on_cpu, merge
+from moka_torch import MokaConfig, attach, exact_on_cpu, merge, model_fingerprint
 from moka_torch.base_weight import _decode
 from moka_torch.loading import adapted_layers
 from tests.moka_torch.conftest import NF4
@@ -52,6 +53,12 @@ def trained(load, tokens):
         model(tokens, labels=tokens).loss.backward()
         optimiser.step()
     return model.eval(), before
+
+
+def test_the_fingerprint_of_the_trained_model_is_the_folders(trained, smollm):
+    folder = open_base(smollm).fingerprint
+    assert model_fingerprint(trained[0]) == folder
+    assert [len(kind.partition(":")[2]) for kind in folder.partition(".")[2].split("/")] == [90] * 7
 
 
 def test_training_moves_every_number_of_the_adapter_and_nothing_else(trained):
