@@ -24,7 +24,7 @@ from moka_core.nf4 import BLOCK
 from moka_core.oracle import dense_delta
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2)  # of ||ΔW|| / ||W||
-RATES, STEPS = (1e-5, 1e-4), (1, 5, 10, 20)
+RATES, STEPS = (1e-5, 1e-4), (1, 5, 10, 20)  # of AdamW
 Weights = dict[str, np.ndarray]
 
 

@@ -198,7 +198,7 @@ class MokaConfig(PeftConfig):
         self.peft_type = MokaPeftType.MOKA
         _check_format_version(self.format_version)
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, str):
-            raise ConfigError(f"base_fingerprint: expected a fingerprint (text) or null; got {self.base_fingerprint!r}")
+            raise ConfigError(f"base_fingerprint: expected text or null; got {self.base_fingerprint!r}")
         if self.base_quantisation not in (None, *QUANTISATIONS):
             raise ConfigError(
                 f"base_quantisation: expected {', '.join(QUANTISATIONS)} or null; got {self.base_quantisation!r}"

@@ -82,7 +82,7 @@ def test_config_and_core_config_are_two_views_of_one():
         ({"identity": "b"}, "zero_factor: factor 'b' is the fixed identity"),
         ({"target_modules": []}, "target_modules: expected at least one name"),
         ({"format_version": 3}, "format_version: expected 2; got 3. A later version of moka"),
-        ({"base_fingerprint": 5}, "base_fingerprint: expected a fingerprint (text) or null; got 5"),
+        ({"base_fingerprint": 5}, "base_fingerprint: expected text or null; got 5"),
     ],
 )
 def test_config_is_validated_when_built(fields, message):
