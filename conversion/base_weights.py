@@ -150,8 +150,8 @@ class BaseFolder:
             return self.quantise
         return "nf4-double" if any(name.endswith(".nested_absmax") for name in self.files) else "nf4"
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor as it stands in the file.
+    def tensor(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor as it stands in the file, or some of its rows; of the file no more is held than that.
 
         Raises:
             ModelError: there is none of that name, or its file cannot be read.
@@ -160,7 +160,7 @@ class BaseFolder:
             raise ModelError(f"{self.folder}: has no tensor {name!r}")
         try:
             with safe_open(self.files[name], framework="np") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise ModelError(f"{self.files[name]}: expected a safetensors file with {name}; {error}") from error
 
@@ -217,7 +217,7 @@ class BaseFolder:
             ModelError: see `specs`; or a weight that cannot be packed.
         """
         for name in self.specs():
-            yield name, self._weight(name)
+            yield name, self.weight(name)
 
     def specs(self) -> dict[str, TensorSpec]:
         """What `weights` will give, in its order, from the files' headers alone.
@@ -307,8 +307,12 @@ class BaseFolder:
             )
         return True
 
-    def _weight(self, name: str) -> np.ndarray | Nf4Weight:
-        """One of `_names`: as it stands if packed, packed if it is to be, dense otherwise."""
+    def weight(self, name: str) -> np.ndarray | Nf4Weight:
+        """One tensor of `specs`: as it stands if packed, packed if it is to be, dense otherwise.
+
+        Raises:
+            ModelError: it cannot be read or packed, or has NaN or infinite entries.
+        """
         if f"{name}.{STATE_KEY}" in self.files:
             parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
             state = {part: self.tensor(part) for part in parts if part in self.files}
@@ -345,7 +349,7 @@ class BaseFolder:
         """One linear weight (out, in) as the model computes with it: decoded if packed (or to be packed)."""
         if name not in self.specs():
             raise ModelError(f"{self.folder}: has no tensor {name!r}")
-        value = self._weight(name)
+        value = self.weight(name)
         return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value
 
 

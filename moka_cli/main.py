@@ -145,6 +145,46 @@ def parity(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write; it must not exist yet.")],
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32, bfloat16 or float16.")] = "bfloat16",
+    pack: Annotated[
+        str | None, typer.Option(help="Write linear weights in 4 bits, nf4-double or nf4; loses small updates.")
+    ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help="How the base is held: nf4-double, nf4 or none; by default as it was in training."),
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest file, in GB; one is in memory at a time.")] = 1.0,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Merge into another base than the adapter was trained on.")
+    ] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+) -> None:
+    """Write base and adapter as one model folder, which transformers loads without moka or PEFT.
+
+    W + ΔW is rounded once. Needs neither JAX nor PyTorch, and memory for one shard; a 7B model stays below 4 GB.
+
+    [dim]Example: moka merge report/adapter merged --base report/base[/dim]
+    """
+    from moka_cli.merge import run_merge
+
+    run_merge(
+        adapter,
+        out,
+        base=base,
+        dtype=dtype,
+        pack=pack,
+        quantise=quantise,
+        max_shard_gb=max_shard_gb,
+        allow_other_base=allow_other_base,
+        json_file=json_,
+    )
+
+
+@app.command()
 def generate(
     base: Annotated[Path, typer.Option(help="The base model's folder.")],
     prompt: Annotated[list[str] | None, typer.Option(help="What to complete; may be given several times.")] = None,

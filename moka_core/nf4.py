@@ -46,6 +46,8 @@ NF4_LEVELS = np.array(
     ],
     dtype=np.float32,
 )
+# Both levels of a byte as one word, by byte: one look-up for two codes.
+_LEVEL_PAIRS = np.stack([np.repeat(NF4_LEVELS, 16), np.tile(NF4_LEVELS, 16)], axis=1).view(np.uint64).reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,10 +63,11 @@ class NestedScales:
     levels: np.ndarray
     offset: np.float32
 
-    def decoded(self) -> np.ndarray:
-        """The float32 scale of every block, (blocks,)."""
-        spread = np.repeat(self.absmax, NESTED_BLOCK)[: self.codes.size]
-        return self.levels[self.codes] * spread + self.offset
+    def decoded(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The float32 scales of the blocks from `start` to before `stop`, all by default."""
+        codes = self.codes[start:stop]
+        spread = self.absmax[np.arange(start, start + codes.size) // NESTED_BLOCK]
+        return self.levels[codes] * spread + self.offset
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,15 +187,24 @@ def nearest_levels(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return levels, absmax
 
 
-def dequantise_nf4(weight: Nf4Weight) -> np.ndarray:
-    """The weight that the codes stand for: level[code]·scale of its block; (out, in), float32."""
-    packed = weight.codes
-    codes = np.empty(packed.size * 2, dtype=np.uint8)
-    codes[0::2], codes[1::2] = packed >> 4, packed & 0xF
-    entries = math.prod(weight.shape)
-    decoded = weight.scales.decoded() if isinstance(weight.scales, NestedScales) else weight.scales
-    scales = np.repeat(decoded, BLOCK)[:entries]
-    return (NF4_LEVELS[codes[:entries]] * scales).reshape(weight.shape)
+def dequantise_nf4(weight: Nf4Weight, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The weight that the codes stand for: level[code]·scale of its block; (out, in), float32.
+
+    Args:
+        start, stop: rows to decode, all by default; what is decoded in parts is the same bit for bit.
+
+    >>> packed = quantise_nf4(np.linspace(-1, 1, 192, dtype=np.float32).reshape(4, 48))
+    >>> bool((dequantise_nf4(packed, 1, 3) == dequantise_nf4(packed)[1:3]).all())
+    True
+    """
+    out, in_ = weight.shape
+    first, last = start * in_, (out if stop is None else min(stop, out)) * in_
+    values = _LEVEL_PAIRS[weight.codes[first // 2 : -(-last // 2)]].view(np.float32)[first % 2 :][: last - first]
+    begin, end = first // BLOCK, -(-last // BLOCK)
+    held = weight.scales
+    decoded = held.decoded(begin, end) if isinstance(held, NestedScales) else held[begin:end]
+    scales = np.repeat(decoded, BLOCK)[first % BLOCK :][: last - first]
+    return (values * scales).reshape(-1, in_)
 
 
 def _not_finite(array: np.ndarray) -> bool:

@@ -1,0 +1,109 @@
+"""`moka merge`: an adapter and its base as one model folder, and what the rounding cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moka_core import ConfigError
+
+if TYPE_CHECKING:
+    from conversion import MergeError, MergeReport
+
+SHOWN = 5
+LOST = 0.1  # a share of the update that is worth a warning
+
+
+def run_merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: Path,
+    dtype: str,
+    pack: str | None,
+    quantise: str | None,
+    max_shard_gb: float,
+    allow_other_base: bool,
+    json_file: Path | None,
+) -> None:
+    """Merge, and print what was written and what was lost."""
+    from conversion import load_adapter, merge_folder, open_base
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
+    if not max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb: expected more than 0; got {max_shard_gb}")
+    console = Console()
+    trained = load_adapter(adapter)
+    opened = open_base(base, quantise=quantise or trained.base_quantisation or "nf4-double")  # type: ignore[arg-type]
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("merging", total=None)
+        report = merge_folder(
+            trained,
+            opened,
+            out,
+            dtype=dtype,  # type: ignore[arg-type]
+            pack=pack,  # type: ignore[arg-type]
+            max_shard_bytes=max_shard_gb * 1e9,
+            allow_other_base=allow_other_base,
+            on_tensor=lambda name, done, total: progress.update(task, completed=done, total=total),
+        )
+    show(report, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def show(report: MergeReport, console: Console) -> None:
+    """The table of errors, and in words what was written, what was not, and what to do about losses."""
+    console.print(error_table(report))
+    files = f"{len(report.files)} file{'s' * (len(report.files) > 1)}"
+    console.print(f"[green]{report.folder}[/green]: {report.bytes / 1e9:.2f} GB in {files}")
+    console.print(f"taken over as they are: {', '.join(report.copied) or 'nothing'}", highlight=False)
+    if report.left_out:
+        console.print(f"not taken over: {', '.join(report.left_out)}", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+    lost = report.total.lost or 0.0
+    if report.pack is not None:
+        console.print(
+            f"[yellow]warning[/yellow]: quantised again, {lost:.0%} of the update was lost, and the weights are "
+            f"{report.total.off:.2f}·‖ΔW‖ away from W + ΔW; the base itself is 1·‖ΔW‖ away. A dense merge, without --pack, "
+            "is recommended.",
+            highlight=False,
+        )
+    elif lost > LOST:
+        console.print(
+            f"[yellow]warning[/yellow]: {lost:.0%} of the update is below what {report.dtype} resolves and was rounded "
+            "away. --dtype float32 keeps it.",
+            highlight=False,
+        )
+
+
+def error_table(report: MergeReport) -> Table:
+    """The layers whose W + ΔW was hit most, and all with an adapter together."""
+    made = f"quantised again as {report.pack}" if report.pack else f"rounded to {report.dtype}"
+    table = Table("layer", "size of the update", "error", "update lost", title=f"W + ΔW, {made}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    worst = sorted(report.adapted.items(), key=lambda item: -item[1].relative)
+    for path, error in worst[:SHOWN]:
+        table.add_row(path, *_cells(error))
+    if len(worst) > SHOWN:
+        table.add_row(f"[dim]… {len(worst) - SHOWN} more[/dim]", "", "", "")
+    table.add_section()
+    table.add_row(f"{len(worst)} layers with an adapter", *_cells(report.total))
+    table.caption = (
+        f"W held as {report.base_quantisation}. Size ‖ΔW‖/‖W+ΔW‖; error ‖W′−(W+ΔW)‖/‖W+ΔW‖; lost 1 − ⟨W′−W, ΔW⟩/‖ΔW‖²"
+    )
+    return table
+
+
+def _cells(error: MergeError) -> tuple[str, str, str]:
+    lost = "–" if error.lost is None else f"{round(error.lost, 4) + 0.0:.2%}"  # not "-0.00%"
+    return f"{error.size:.2e}", f"{error.relative:.2e}", lost
