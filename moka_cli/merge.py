@@ -73,8 +73,8 @@ def show(report: MergeReport, console: Console) -> None:
     if report.pack is not None:
         console.print(
             f"[yellow]warning[/yellow]: quantised again, {lost:.0%} of the update was lost, and the weights are "
-            f"{report.total.off:.2f}·‖ΔW‖ away from W + ΔW; the base itself is 1·‖ΔW‖ away. A dense merge, without --pack, "
-            "is recommended.",
+            f"{report.total.off:.2f}·‖ΔW‖ away from W + ΔW; the base itself is 1·‖ΔW‖ away. A dense merge, without "
+            "--pack, is recommended.",
             highlight=False,
         )
     elif lost > LOST:
