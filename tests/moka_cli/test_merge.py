@@ -1,0 +1,131 @@
+"""`moka merge`: what it prints and writes, and how its failures end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import conversion
+from conversion import load_adapter, open_base, save_adapter
+from moka_cli.main import main
+from moka_core import MokaConfig
+from tests.tiny import random_adapter, save_tiny_llama
+
+CONFIG = MokaConfig(r=6, num_shapes=3, scale=0.02, target_modules=("q_proj", "up_proj", "down_proj"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("merge") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return save_adapter(random_adapter(open_base(base), CONFIG), tmp_path_factory.mktemp("merge") / "adapter")
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_merge_prints_what_was_lost_and_writes_it_as_json(base, adapter, tmp_path, capsys):
+    assert call("merge", adapter, tmp_path / "out", "--base", base, "--json", tmp_path / "report.json") == 0
+    printed = words(capsys.readouterr().out)
+    assert "W + ΔW, rounded to bfloat16" in printed
+    assert "… 1 more" in printed
+    assert "6 layers with an adapter" in printed
+    assert "taken over as they are: generation_config.json" in printed
+    assert "warning" not in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["base_quantisation"] == "nf4-double"
+    assert 1e-3 < report["total"]["relative_error"] < 2e-3  # a rounding to 8 bits: 2⁻⁹ at most, 1.7e-3 measured
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+
+
+def test_a_packed_merge_warns_of_what_was_lost(base, adapter, tmp_path, capsys):
+    assert call("merge", adapter, tmp_path / "out", "--base", base, "--pack", "nf4", "--max-shard-gb", 1e-4) == 0
+    printed = words(capsys.readouterr().out)
+    assert "W + ΔW, quantised again as nf4" in printed
+    assert "of the update was lost" in printed
+    assert "A dense merge, without --pack, is recommended" in printed
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_an_update_below_the_dtypes_resolution_warns(base, tmp_path, capsys):
+    """On a dense bfloat16 base W is a bfloat16 number, and what is less than half a unit is rounded away."""
+    coarse = tmp_path / "base"
+    coarse.mkdir()
+    (coarse / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}, coarse / "model.safetensors")
+    small = random_adapter(open_base(coarse), dataclasses.replace(CONFIG, scale=1e-5))
+    save_adapter(small, tmp_path / "adapter")
+    arguments = (tmp_path / "adapter", tmp_path / "out", "--base", coarse, "--quantise", "none")
+    assert call("merge", *arguments) == 0
+    assert "is below what bfloat16 resolves and was rounded away. --dtype float32 keeps it" in words(
+        capsys.readouterr().out
+    )
+    assert call("merge", *arguments[:1], tmp_path / "fine", *arguments[2:], "--dtype", "float32") == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("said", "expected"), [("none", "none"), ("nf4", "nf4"), (None, "nf4-double")])
+def test_the_base_is_held_as_the_adapter_says(said, expected, base, adapter, tmp_path, monkeypatch):
+    trained = dataclasses.replace(load_adapter(adapter), base_quantisation=said)
+    monkeypatch.setattr(conversion, "load_adapter", lambda folder: trained)
+    report = tmp_path / "report.json"
+    assert call("merge", adapter, tmp_path / "out", "--base", base, "--json", report) == 0
+    assert json.loads(report.read_text())["base_quantisation"] == expected
+    assert call("merge", adapter, tmp_path / "other", "--base", base, "--json", report, "--quantise", "none") == 0
+    assert json.loads(report.read_text())["base_quantisation"] == "none"
+    assert bool(json.loads(report.read_text())["notes"]) == (said == "nf4")
+
+
+def test_another_base_must_be_allowed(adapter, tmp_path, capsys):
+    other = save_tiny_llama(tmp_path / "other", seed=7)
+    assert call("merge", adapter, tmp_path / "out", "--base", other) == 1
+    assert "was trained on another base model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call("merge", adapter, tmp_path / "out", "--base", other, "--allow-other-base") == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert np.array_equal(merged, load_file(other / "model.safetensors")["model.norm.weight"].astype(merged.dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "int8"), "dtype: expected float32, bfloat16, float16; got 'int8'"),
+        (("--pack", "fp4"), "pack: expected nf4-double, nf4 or None; got 'fp4'"),
+        (("--quantise", "int8"), "quantise: expected nf4-double, nf4 or none; got 'int8'"),
+        (("--max-shard-gb", "0"), "--max-shard-gb: expected more than 0; got 0.0"),
+        (("--json", "nowhere/report.json"), "--json nowhere/report.json: expected an existing folder; nowhere is none"),
+        (("--base", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_settings_out_of_range_end_with_one_message(options, message, base, adapter, tmp_path, capsys):
+    assert call("merge", adapter, tmp_path / "out", "--base", base, *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("moka: error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_target_that_exists_is_refused(base, adapter, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert call("merge", adapter, tmp_path / "out", "--base", base) == 1
+    assert "out: expected a folder that does not exist yet" in capsys.readouterr().err
+    assert call("merge", base, tmp_path / "other", "--base", base) == 1
+    assert "adapter_config.json: no such file" in capsys.readouterr().err
