@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ["layers with an adapter", str(found["adapted"])],
         ["‖ΔW‖ / ‖W+ΔW‖", f"{total['update']:.2e}"],
         ["‖W′−(W+ΔW)‖ / ‖W+ΔW‖", f"{total['relative_error']:.2e}"],
-        ["share of ΔW that was lost", f"{total['update_lost']:.2%}"],
+        ["share of ΔW that was lost", f"{round(total['update_lost'], 4) + 0.0:.2%}"],
     ]
     made = f"packed as {arguments.pack}" if arguments.pack else arguments.dtype
     title = f"# Merging {arguments.arch}, held as {arguments.quantise}, into {made}"

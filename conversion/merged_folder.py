@@ -171,7 +171,7 @@ def _plan(
     """
     problems = [] if allow_other_base else list(_base_problems(adapter.base_fingerprint, base.fingerprint))
     specs = {name: (name, spec) for name, spec in base.specs().items()}
-    if "lm_head" in adapter.layers and _HEAD not in specs and base.config.get("tie_word_embeddings"):
+    if "lm_head" in adapter.layers and _HEAD not in specs and _EMBEDDING in specs and _ties(base):
         specs[_HEAD] = specs[_EMBEDDING]  # adapted, it is the embedding no longer
     for path, layer in adapter.layers.items():
         found = specs.get(f"{path}.weight")
@@ -205,6 +205,10 @@ def _base_problems(adapter: str | None, base: str) -> Iterator[str]:
             f"it was trained on another base model: expected fingerprint {adapter[:16]}…, this base has {base[:16]}…; "
             "give the base that it was trained on, or allow another base explicitly"
         )
+
+
+def _ties(base: BaseFolder) -> bool:
+    return bool(base.config.get("tie_word_embeddings"))
 
 
 def _is_linear(name: str) -> bool:
