@@ -79,7 +79,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
         raise AdapterError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
     if target.exists() and not (target / CONFIG_FILE).is_file() and (target.is_file() or any(target.iterdir())):
         raise AdapterError(f"{target}: exists and is no adapter folder; it is left as it is, choose another name")
-    with new_folder(target) as draft:
+    with new_folder(target, replace=overwrite) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(folder_config(adapter), indent=2, sort_keys=True) + "\n")
         save_file(folder_tensors(adapter), draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / WEIGHTS_FILE).chmod(0o644)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ import numpy as np
 from conversion.base_weights import BaseFolder, flax_place
 from conversion.bitsandbytes_state import to_bitsandbytes
 from conversion.merge_report import MergeError, MergeReport
+from conversion.new_folder import new_folder
 from conversion.shards import INDEX, ShardWriter
-from moka_core import Adapter, ConfigError, ModelError, Nf4Weight, dequantise_nf4, quantise_nf4
+from moka_core import Adapter, ConfigError, ModelError, Nf4Weight, check_base, dequantise_nf4, quantise_nf4
 from moka_core.adapter import raise_problems
 from moka_core.delta import delta_rows
 from moka_core.nf4 import BLOCK, NESTED_BLOCK
@@ -169,7 +169,8 @@ def _plan(
     Raises:
         AdapterError: the adapter does not fit the base; every problem is listed.
     """
-    problems = [] if allow_other_base else list(_base_problems(adapter.base_fingerprint, base.fingerprint))
+    check_base(adapter.base_fingerprint, base.fingerprint, allow_other_base=allow_other_base)
+    problems = []
     specs = {name: (name, spec) for name, spec in base.specs().items()}
     if "lm_head" in adapter.layers and _HEAD not in specs and _EMBEDDING in specs and _ties(base):
         specs[_HEAD] = specs[_EMBEDDING]  # adapted, it is the embedding no longer
@@ -199,14 +200,6 @@ def _plan(
     ]
 
 
-def _base_problems(adapter: str | None, base: str) -> Iterator[str]:
-    if adapter is not None and adapter != base:
-        yield (
-            f"it was trained on another base model: expected fingerprint {adapter[:16]}…, this base has {base[:16]}…; "
-            "give the base that it was trained on, or allow another base explicitly"
-        )
-
-
 def _ties(base: BaseFolder) -> bool:
     return bool(base.config.get("tie_word_embeddings"))
 
@@ -224,35 +217,22 @@ def _packs(name: str, spec: TensorSpec, base: BaseFolder) -> bool:
 
 @contextlib.contextmanager
 def _draft_of(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside the target, which takes the target's name at the end; after an error, nothing is left.
+    """See `new_folder`.
 
     Raises:
         ModelError: there is no room for so many bytes, or the folders cannot be made or renamed.
     """
-    made = [parent for parent in target.parents if not parent.exists()]
     standing = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(standing).free
     if size > free:
         raise ModelError(
             f"{target}: expected {size / 1e9:.1f} GB of free disk space; {standing} has {free / 1e9:.1f} GB"
         )
-    draft = None
     try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            draft.chmod(0o755)
+        with new_folder(target) as draft:
             yield draft
-            draft.rename(target)
-        except OSError as error:
-            raise ModelError(f"{target}: cannot be written; {error}") from error
-    except BaseException:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # not made, or not empty any more
-                parent.rmdir()
-        raise
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written; {error}") from error
 
 
 def _merged(output: _Output, base: BaseFolder, dtype: str) -> tuple[dict[str, np.ndarray], MergeError | None]:

@@ -16,29 +16,40 @@ _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty folder beside `target`, which takes its place when the block ends without an error.
 
     What is written into it is on the disk before it takes that place. A folder that stands there is replaced in one
     step where the file system can exchange two names (Linux, macOS); elsewhere in two, between which a process that
-    dies leaves the old folder beside it, as ".NAME.*.old". After an error `target` is as it was. What a process that
+    dies leaves the old folder beside it, as ".NAME.*.old". After an error everything is as it was. What a process that
     was killed leaves is a hidden folder ".NAME.*", which may be removed.
 
     Args:
-        target: does not exist, or may be replaced; a link is followed. Its parent is made if needed.
+        target: a link is followed; its parent is made if needed.
+        replace: take the place of what stands there. Otherwise only of an empty folder.
+
+    Raises:
+        OSError: as from the system, also if `target` stands there.
     """
     target = Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    made = [parent for parent in target.parents if not parent.exists()]
+    draft = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
         draft.chmod(0o755)
         yield draft
         for path in [*draft.rglob("*"), draft]:
             _to_disk(path)
-        _publish(draft, target)
+        _publish(draft, target, replace=replace)
         _to_disk(target.parent)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if not target.exists():
+            for parent in made:
+                with contextlib.suppress(OSError):  # not made, or not empty any more
+                    parent.rmdir()
 
 
 def set_aside(target: Path) -> Path | None:
@@ -46,9 +57,9 @@ def set_aside(target: Path) -> Path | None:
     return next(iter(sorted(target.parent.glob(f".{target.name[:100]}.*.old"))), None)
 
 
-def _publish(draft: Path, target: Path) -> None:
+def _publish(draft: Path, target: Path, *, replace: bool) -> None:
     """Give `draft` the name `target`; what stood there is then called `draft`, or is gone."""
-    if not target.exists():
+    if not (replace and target.exists()):
         draft.rename(target)
         return
     if _exchange(draft, target):

@@ -23,7 +23,7 @@ def run_generate(
     prompts_file: Path | None,
     adapter: Path | None,
     allow_other_base: bool,
-    quantise: str,
+    quantise: str | None,
     max_new_tokens: int,
     batch_size: int,
     raw: bool,
@@ -57,14 +57,15 @@ def run_generate(
         raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
     value = None if adapter is None else load_adapter(adapter)
     tokenizer = load_tokenizer(base)
-    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
+    held = (quantise or "nf4-double") if value is None else value.quantisation(quantise)
+    opened = open_base(base, quantise=held)  # type: ignore[arg-type]
     config = LlamaConfig.from_hf_config(opened.config)
     if value is not None:
         check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     rows = [prompt_tokens(tokenizer, text, raw=raw) for text in texts]
     check_prompts(config, rows, max_new_tokens=max_new_tokens, single=len(rows) == 1)
     ask = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens(tokenizer, base), "sampling": sampling}
-    model = load_model(base, quantise=quantise)
+    model = load_model(base, quantise=held)
     if value is not None:
         import_adapter(model, value, allow_other_base=allow_other_base)
     if len(rows) == 1 and not as_json:

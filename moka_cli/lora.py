@@ -32,7 +32,8 @@ def run_lora(
     max_rank: int | None,
     dtype: str,
     base: Path | None,
-    quantise: str,
+    quantise: str | None,
+    allow_other_base: bool,
     json_file: Path | None,
 ) -> None:
     """Write the folder, print its errors, and with a base measure what they do to the logits."""
@@ -43,7 +44,8 @@ def run_lora(
         raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
     console = Console()
     loaded = load_adapter(adapter)
-    linear_layers = None if base is None else base_layers(loaded, base, quantise=quantise)
+    linear_layers = None if base is None else base_layers(loaded, base, allow_other_base=allow_other_base)
+    held = loaded.quantisation(quantise)
     with console.status("approximating") as status:
         report = export_lora(
             loaded,
@@ -62,8 +64,8 @@ def run_lora(
     values: dict[str, Any] = report.to_dict()
     if base is not None:
         with console.status("comparing logits"):
-            (measured,) = measure_logits(base, adapter, [out], quantise=quantise)
-        values["logits"] = {**measured.to_dict(), "quantise": quantise}
+            (measured,) = measure_logits(base, adapter, [out], quantise=held, allow_other_base=allow_other_base)
+        values["logits"] = {**measured.to_dict(), "quantise": held}
         console.print(logits_table(measured))
     if json_file is not None:
         json_file.write_text(json.dumps(values, indent=2) + "\n")
@@ -75,21 +77,17 @@ def run_lora(
     )
 
 
-def base_layers(adapter: Adapter, base: Path, *, quantise: str) -> list[str]:
+def base_layers(adapter: Adapter, base: Path, *, allow_other_base: bool) -> list[str]:
     """The paths of the base's linear layers.
 
     Raises:
         AdapterError: the adapter belongs to another base, or adapts a layer that this one does not have.
     """
     from conversion import open_base
-    from moka_core import Architecture
+    from moka_core import Architecture, check_base
 
-    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]  # checked there
-    if adapter.base_fingerprint not in (None, opened.fingerprint):
-        raise AdapterError(
-            f"--base {base}: expected the base that this adapter was trained on, fingerprint "
-            f"{str(adapter.base_fingerprint)[:16]}…; got {opened.fingerprint[:16]}…"
-        )
+    opened = open_base(base, quantise="none")
+    check_base(adapter.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     known = Architecture.from_hf_config(opened.config).linear_layers()
     foreign = [
         path
@@ -105,7 +103,12 @@ def base_layers(adapter: Adapter, base: Path, *, quantise: str) -> list[str]:
 
 
 def measure_logits(
-    base: Path, adapter: Path, loras: Sequence[str | os.PathLike[str]], *, quantise: str
+    base: Path,
+    adapter: Path,
+    loras: Sequence[str | os.PathLike[str]],
+    *,
+    quantise: str,
+    allow_other_base: bool = False,
 ) -> list[LogitsError]:
     """What each LoRA folder loses of the adapter in logits, by PEFT on the same base and tokens."""
     from conversion import open_base
@@ -116,7 +119,7 @@ def measure_logits(
     vocab_size = open_base(base).config["vocab_size"]
     batches = token_batches(base, vocab_size, count=BATCHES, batch_size=BATCH_SIZE, length=LENGTH, seed=0)
     tokens = [batch.tokens for batch in batches]
-    found = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise)
+    found = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise, allow_other_base=allow_other_base)
     alone, adapted = next(found), next(found)
     return [logits_error(alone, adapted, logits) for logits in found]
 

@@ -23,7 +23,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Quantise = Annotated[str, typer.Option(help="Base weights: nf4-double (as QLoRA), nf4, or none.")]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        help="How the base is held: nf4-double (as QLoRA), nf4 or none; by default as the adapter was trained, else "
+        "nf4-double."
+    ),
+]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Take another base than the adapter was trained on.")
+]
 
 
 @app.callback()
@@ -100,7 +109,8 @@ def lora(
     base: Annotated[
         Path | None, typer.Option(help="The base model's folder: measure the error in logits, too.")
     ] = None,
-    quantise: Quantise = "nf4-double",
+    quantise: Quantise = None,
+    allow_other_base: AllowOtherBase = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     """Write an adapter as a plain PEFT LoRA, for servers that take nothing else, and say what that loses.
@@ -120,6 +130,7 @@ def lora(
         dtype=dtype,
         base=base,
         quantise=quantise,
+        allow_other_base=allow_other_base,
         json_file=json_,
     )
 
@@ -128,7 +139,7 @@ def lora(
 def parity(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     base: Annotated[Path, typer.Option(help="The base model's folder.")],
-    quantise: Quantise = "nf4-double",
+    quantise: Quantise = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of the training comparison; 0 leaves it out.")] = 50,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
@@ -141,7 +152,7 @@ def parity(
     """
     from moka_cli.parity import run_parity
 
-    run_parity(adapter, base, quantise=quantise, steps=steps, json_file=json_)
+    run_parity(adapter, base, quantise=quantise or "nf4-double", steps=steps, json_file=json_)
 
 
 @app.command()
@@ -153,14 +164,9 @@ def merge(
     pack: Annotated[
         str | None, typer.Option(help="Write linear weights in 4 bits, nf4-double or nf4; loses small updates.")
     ] = None,
-    quantise: Annotated[
-        str | None,
-        typer.Option(help="How the base is held: nf4-double, nf4 or none; by default as it was in training."),
-    ] = None,
+    quantise: Quantise = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest file, in GB; one is in memory at a time.")] = 1.0,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Merge into another base than the adapter was trained on.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     """Write base and adapter as one model folder, which transformers loads without moka or PEFT.
@@ -192,10 +198,8 @@ def generate(
         Path | None, typer.Option(help='File with a prompt a line; .jsonl: JSON strings, or objects with "prompt".')
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without one the base model answers.")] = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Take an adapter that was trained on another base model.")
-    ] = False,
-    quantise: Quantise = "nf4-double",
+    allow_other_base: AllowOtherBase = False,
+    quantise: Quantise = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add to each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token; above: draw one.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many of the most likely tokens.")] = None,

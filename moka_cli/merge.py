@@ -40,7 +40,7 @@ def run_merge(
         raise ConfigError(f"--max-shard-gb: expected more than 0; got {max_shard_gb}")
     console = Console()
     trained = load_adapter(adapter)
-    opened = open_base(base, quantise=quantise or trained.base_quantisation or "nf4-double")  # type: ignore[arg-type]
+    opened = open_base(base, quantise=trained.quantisation(quantise))  # type: ignore[arg-type]
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("merging", total=None)

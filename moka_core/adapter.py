@@ -155,6 +155,10 @@ class Adapter:
         raise_problems(problems, "adapter is not valid")
         return self
 
+    def quantisation(self, asked: str | None = None) -> str:
+        """How to hold its base: as asked for, or as where it was trained, or, where that is unknown, as QLoRA does."""
+        return asked or self.base_quantisation or QUANTISATIONS[0]
+
     def layer_config(self, path: str) -> MokaConfig:
         """The settings of one of its layers; see `MokaConfig.for_layer`."""
         plan = self.layers[path].plan

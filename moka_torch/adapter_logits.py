@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
+from moka_torch.config import MokaConfig
 from moka_torch.probe import load_base
 from moka_torch.tuner import register
 
@@ -19,6 +20,7 @@ def adapter_logits(
     tokens: Sequence[np.ndarray],
     *,
     quantise: str = "nf4-double",
+    allow_other_base: bool = False,
 ) -> Iterator[np.ndarray]:
     """The logits of a base alone, then with each of the adapters, (batches, batch, time, vocab), float32 on the CPU.
 
@@ -30,6 +32,7 @@ def adapter_logits(
         adapters: folders that PEFT can load.
         tokens: batches, each (batch, time).
         quantise: see `load_base`.
+        allow_other_base: take MoKA adapters that were trained on another base.
 
     Raises:
         AdapterError: a MoKA adapter belongs to another base.
@@ -39,7 +42,10 @@ def adapter_logits(
     model = load_base(base, quantise=quantise)
     yield _logits(model, tokens)
     for folder in adapters:
-        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, MokaConfig):
+            config.allow_other_base = allow_other_base
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config).eval()
         yield _logits(adapted, tokens)
         model = adapted.unload()
 
