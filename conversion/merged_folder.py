@@ -110,9 +110,8 @@ def merge_folder(
         writer, layers = ShardWriter(draft, max_shard_bytes), {}
         for output in outputs:
             writer.make_room(output.nbytes)
-            tensors, error = _merged(output, base, dtype)
-            writer.add(tensors)
-            if error is not None:
+            error = _write(output, base, writer)
+            if output.linear:
                 layers[output.path] = error
             on_tensor(output.name, writer.bytes, total)
         files = writer.close()
@@ -235,8 +234,8 @@ def _draft_of(target: Path, size: int) -> Iterator[Path]:
         raise ModelError(f"{target}: cannot be written; {error}") from error
 
 
-def _merged(output: _Output, base: BaseFolder, dtype: str) -> tuple[dict[str, np.ndarray], MergeError | None]:
-    """The tensors to write for one weight, and the error of a linear layer."""
+def _write(output: _Output, base: BaseFolder, writer: ShardWriter) -> MergeError:
+    """Hand one weight, merged, to the writer, which alone holds it from then on; its error."""
     held = base.weight(output.source) if output.held.packing else None
     if isinstance(held, Nf4Weight):
         read: Rows = partial(dequantise_nf4, held)
@@ -244,18 +243,20 @@ def _merged(output: _Output, base: BaseFolder, dtype: str) -> tuple[dict[str, np
         read = partial(_dense_rows, base, output.source)
     if output.packing is None:
         merged, error = _rounded(output, read)
-        return {output.name: merged}, error if output.linear else None
+        writer.add({output.name: merged})
+        return error
     if isinstance(held, Nf4Weight) and output.delta is None and output.held.packing == output.packing:
         packed = held
     else:
         packed = quantise_nf4(_summed(output, read), double=output.packing == "nf4-double")
-    packed = dataclasses.replace(packed, dtype=dtype)  # what bitsandbytes decodes it to
+    packed = dataclasses.replace(packed, dtype=output.dtype)  # what bitsandbytes decodes it to
 
     def error_of(start: int, stop: int) -> MergeError:
         delta = output.delta(start, stop) if output.delta else None
         return MergeError.between(read(start, stop), delta, dequantise_nf4(packed, start, stop))
 
-    return to_bitsandbytes(output.name, packed), sum(_by_pieces(error_of, output.held.shape), MergeError())
+    writer.add(to_bitsandbytes(output.name, packed))
+    return sum(_by_pieces(error_of, output.held.shape), MergeError())
 
 
 def _dense_rows(base: BaseFolder, name: str, start: int, stop: int) -> np.ndarray:

@@ -490,7 +490,7 @@ def test_tensors_without_a_place_are_told(tmp_path: Path, tied: tuple[Path, Adap
 
 
 def test_no_more_is_held_than_a_shard_a_tensor_and_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 6.8 MB with shards of 1 MB and an adapted head of 1 MB; measured: 2.4 MB with 2 threads."""
+    """Of 6.8 MB with shards of 1 MB and an adapted head of 1 MB; measured: 1.46 MB with 2 threads."""
     monkeypatch.setattr(conversion.merged_folder, "_PIECE", 2**12)
     folder = make_base(tmp_path / "base", vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     opened = open_base(folder, quantise="none")
@@ -501,7 +501,7 @@ def test_no_more_is_held_than_a_shard_a_tensor_and_pieces(tmp_path: Path, monkey
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert report.bytes > 6.5e6
-    assert peak < 4e6
+    assert peak < 2.2e6
 
 
 # ---- refusals
@@ -534,7 +534,7 @@ def test_nothing_is_read_of_a_base_that_the_adapter_does_not_fit(
     norms = [layer for path, layer in adapter.layers.items() if path.endswith("q_proj")]
     wrong = dataclasses.replace(adapter, layers={"model.embed_tokens": norms[0], "model.norm": norms[0]})
     wrong = dataclasses.replace(wrong, base_fingerprint=None)
-    monkeypatch.setattr(conversion.merged_folder, "_merged", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(conversion.merged_folder, "_write", lambda *_: pytest.fail("read"))
     refused(AdapterError, r"model\.embed_tokens: the base has no linear", wrong, open_base(base), tmp_path / "out")
 
 
@@ -657,7 +657,7 @@ def test_too_small_a_disk_is_refused_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(conversion.merged_folder, "_merged", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(conversion.merged_folder, "_write", lambda *_: pytest.fail("begun"))
     refused(ModelError, r"expected 0\.0 GB of free disk space", adapter, open_base(base), tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 
