@@ -23,7 +23,16 @@ from conversion.bitsandbytes_state import to_bitsandbytes
 from conversion.merge_report import MergeError, MergeReport
 from conversion.new_folder import new_folder
 from conversion.shards import INDEX, ShardWriter
-from moka_core import Adapter, ConfigError, ModelError, Nf4Weight, check_base, dequantise_nf4, quantise_nf4
+from moka_core import (
+    Adapter,
+    AdapterError,
+    ConfigError,
+    ModelError,
+    Nf4Weight,
+    check_base,
+    dequantise_nf4,
+    quantise_nf4,
+)
 from moka_core.adapter import raise_problems
 from moka_core.delta import delta_rows
 from moka_core.nf4 import BLOCK, NESTED_BLOCK
@@ -168,8 +177,11 @@ def _plan(
     Raises:
         AdapterError: the adapter does not fit the base; every problem is listed.
     """
-    check_base(adapter.base_fingerprint, base.fingerprint, allow_other_base=allow_other_base)
     problems = []
+    try:
+        check_base(adapter.base_fingerprint, base.fingerprint, allow_other_base=allow_other_base)
+    except AdapterError as error:
+        problems.append(str(error))
     specs = {name: (name, spec) for name, spec in base.specs().items()}
     if "lm_head" in adapter.layers and _HEAD not in specs and _EMBEDDING in specs and _ties(base):
         specs[_HEAD] = specs[_EMBEDDING]  # adapted, it is the embedding no longer

@@ -25,7 +25,7 @@ def adapter(seed: int) -> Adapter:
     config = MokaConfig(r=6, num_shapes=3, target_modules=("q_proj",))
     rng = np.random.default_rng(seed)
     plan = plan_layer(config, 256, 256)
-    return Adapter(config=config, layers={f"layers.{n}.q_proj": random_factors(plan, config, rng) for n in range(24)})
+    return Adapter(config=config, layers={f"layers.{n}.q_proj": random_factors(plan, config, rng) for n in range(8)})
 
 
 def content(one: Adapter) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def main(folder: Path, kills: int) -> None:
         pid = os.fork()
         if pid == 0:
             write_for_ever(target, known)
-        end = time.monotonic() + rng.uniform(0, 4 * once)
+        end = time.monotonic() + rng.uniform(0, 2 * once)
         while time.monotonic() < end:
             assert which(target, known) != "neither"
             reads += 1

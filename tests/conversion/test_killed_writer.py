@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_writer_killed_at_fifty_moments_leaves_an_old_or_a_new_folder(tmp_path):
     command = [sys.executable, "-m", "tests.conversion.killed_writer", str(tmp_path), "50"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)

@@ -521,7 +521,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_problem(tmp_path: Pa
         merge_folder(trained, open_base(base), tmp_path / "out")
     text = str(caught.value)
     assert "nothing was merged (7 problems)" in text
-    assert f"expected fingerprint {trained.base_fingerprint[:16]}…" in text  # type: ignore[index]
+    assert f"another base model: expected {trained.base_fingerprint[:16]}…" in text  # type: ignore[index]
     assert "model.layers.2.self_attn.k_proj: the base has no linear layer of that name" in text
     assert "model.layers.0.self_attn.q_proj: the adapter is for a layer of 192x192, the base has 128x128" in text
     assert not (tmp_path / "out").exists()
@@ -670,3 +670,9 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, base
     with pytest.raises(ModelError, match=r"cannot be written; .*not empty"):
         merge_folder(adapter, open_base(base), tmp_path / "out", on_tensor=appear)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_merging_the_same_adapter_once_more_is_refused(tmp_path: Path, base: Path, adapter: Adapter) -> None:
+    merge_folder(adapter, open_base(base), tmp_path / "merged", dtype="float32")
+    merged = open_base(tmp_path / "merged")
+    refused(AdapterError, "but other linear weights: .*q_proj in ", adapter, merged, tmp_path / "twice")
