@@ -94,9 +94,9 @@ class LoraLayer:
 def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[int, int]]) -> dict[str, LoraLayer]:
     """The update of every layer that a PEFT LoRA adapter adapts, by the layer's path in a Hugging Face checkpoint.
 
-    Ranks and alphas are those that PEFT gives a layer: of the first of `rank_pattern` (`alpha_pattern`) that matches
-    its path, or else r (lora_alpha). Which layers there must be follows from target_modules, exclude_modules,
-    layers_to_transform and layers_pattern, as in PEFT.
+    Ranks and alphas are those that PEFT gives a layer: of the `rank_pattern` (`alpha_pattern`) that matches its path,
+    or else r (lora_alpha). Which layers there must be follows from target_modules, exclude_modules, layers_to_transform
+    and layers_pattern, as in PEFT.
 
     Args:
         folder: has adapter_config.json and adapter_model.safetensors.
@@ -124,9 +124,16 @@ def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[
         found.setdefault(match["path"] if match else "", {})[match["factor"] if match else key] = tensors[key]
     layers = {}
     for path in targeted:
-        rank, scale = _rank_and_scale(config, path)
-        out, in_ = linear_layers[path]
+        ranks, alphas = _own(config, "rank_pattern", "r", path), _own(config, "alpha_pattern", "lora_alpha", path)
         before = len(problems)
+        for name, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if len(values) > 1:
+                problems.append(
+                    f"{path}: {name}: expected patterns of one value to match it; got {' and '.join(map(str, values))}, "
+                    "and which of them came first is lost, since PEFT sorts them"
+                )
+        rank, (out, in_) = ranks[0], linear_layers[path]
+        scale = alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         for factor, shape in (("A", (rank, in_)), ("B", (out, rank))):
             problems += _problems(found.get(path, {}).get(factor), shape, where=f"{path}: lora_{factor}")
         if len(problems) == before:
@@ -206,15 +213,10 @@ def _pattern_problems(name: str, patterns: Any, kind: type) -> list[str]:
     return problems
 
 
-def _rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
-    """As PEFT: of several patterns that match, the first."""
-
-    def own(name: str, default: Any) -> Any:
-        patterns = config.get(name) or {}
-        return next((value for key, value in patterns.items() if matches_pattern(key, path)), default)
-
-    rank, alpha = own("rank_pattern", config["r"]), own("alpha_pattern", config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _own(config: Mapping[str, Any], patterns: str, default: str, path: str) -> list[Any]:
+    """What a layer's rank or alpha may be: PEFT took the first pattern that matches, but it writes them sorted."""
+    found = [value for key, value in (config.get(patterns) or {}).items() if matches_pattern(key, path)]
+    return sorted(set(found)) or [config[default]]
 
 
 def _targeted(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], where: Path) -> list[str]:

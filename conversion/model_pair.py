@@ -39,8 +39,7 @@ class ModelPair:
             before, after = (folder.dense(name).astype(np.float32) for folder in (self.base, self.tuned))
             change = float(np.linalg.norm(after - before))
             if change:
-                size = float(np.linalg.norm(before))
-                yield name, change / size if size else np.inf
+                yield name, change / (float(np.linalg.norm(before)) or change)
 
 
 def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> ModelPair:

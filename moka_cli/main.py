@@ -269,6 +269,48 @@ def inspect(
     run_inspect(adapter, rank=not no_rank, layers=layers, as_json=json_, gates_png=png, shares_png=shares_png)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A LoRA adapter's folder (PEFT), or a model fine-tuned from the base.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Add the terms (out x 1) ⊗ (1 x in) that hold the LoRA without an error.")
+    ] = False,
+    quantise: Quantise = "nf4-double",
+    only_targets: Annotated[
+        bool, typer.Option("--only-targets", help="Leave behind what changed beside the targeted layers.")
+    ] = False,
+    max_error: Annotated[float | None, typer.Option(help="Write nothing if a layer's relative error is above.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+) -> None:
+    """Turn a LoRA adapter, or a fine-tuned model, into the nearest MoKA adapter, and say how near it is.
+
+    Targets are the layers that the LoRA adapts, or the preset's. What comes out is a warm start: moka train goes on
+    from it with adapter: {start: OUT}.
+
+    [dim]Example: moka import my-lora warm --base report/base --preset paper --exact[/dim]
+    """
+    from moka_cli.import_ import run_import
+
+    run_import(
+        source,
+        out,
+        base=base,
+        preset_name=preset,
+        settings=set_ or [],
+        exact=exact,
+        quantise=quantise,
+        only_targets=only_targets,
+        max_error=max_error,
+        json_file=json_,
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; every failure ends with one message and a status other than 0."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -25,7 +25,7 @@ EXPLAINED_TOKENS = (1, 128, 512, 2048, 8192)
 def run_params(arch: str, preset_name: str, settings: list[str], *, explain: bool, as_json: bool) -> None:
     """Print the number of trainable parameters of a preset on an architecture, and its shapes."""
     model = read_architecture(arch)
-    config = preset(preset_name, model, **_parse(settings))
+    config = preset(preset_name, model, **parse_settings(settings))
     plans = plan_model(config, model.linear_layers())
     summary = summarise(model, config, plans)
     if explain:
@@ -101,7 +101,12 @@ def explain_execution(config: MokaConfig, plans: dict[str, LayerPlan]) -> list[d
     return rows
 
 
-def _parse(settings: list[str]) -> dict[str, Any]:
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """The values of --set key=value, each as YAML.
+
+    Raises:
+        ConfigError: one has no "=", or a key is no field of `MokaConfig`.
+    """
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moka_core import ConfigError, ModelError, base_difference
+from moka_core import Adapter, ConfigError, ModelError, base_difference
+from moka_core.adapter import raise_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,7 @@ def run_dry(config_file: Path, overrides: list[str]) -> None:
     config = TrainConfig.from_yaml(config_file, overrides)
     console = Console()
     with console.status("planning"):
+        config, _ = resolve_start(config)
         planned, _ = preflight(config)
         plan = plan_memory(planned, config)
     table = Table("on each device", "GB", title=f"{config.base} on {plan.devices} x {plan.device}")
@@ -69,12 +72,13 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     from moka_jax.train.processes import is_first, start_processes
 
     start_processes()
+    config, start = resolve_start(config)
     planned, tokenizer = preflight(config)
     plan_weights(planned).check()
     console.quiet = not is_first()
     with console.status(f"loading {config.base}"):
         model = load_run_model(config)
-    attach_fresh(model, config)
+    attach_start(model, config, start)
     return train(model, tokenizer, config, console=console)
 
 
@@ -152,8 +156,64 @@ def trained_model(run: Path, *, base: Path | None = None, which: Which = "last")
     return model, restore_adapter(run, model, which=which)
 
 
+def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
+    """The config with all settings of the adapter that the run starts from, and that adapter; None for a fresh one.
+
+    A run that has checkpoints goes on from those, so that the adapter's folder may be gone by then.
+
+    Raises:
+        AdapterError: the folder holds no adapter, or one for another base or for layers that this one has not.
+        ConfigError: a setting contradicts that adapter; or the folder is gone, and the run has no checkpoint.
+    """
+    from conversion import load_adapter, open_base
+    from moka_core import Architecture, plan_model
+    from moka_jax.attach import check_base
+    from moka_jax.train import AdapterSettings
+    from moka_jax.train.checkpoint import checkpoint_steps
+    from moka_jax.train.saved import saved_run
+
+    start = config.adapter.start
+    if start is None:
+        return config, None
+    if not Path(start).is_dir():
+        saved = saved_run(config.output)[0] if checkpoint_steps(Path(config.output) / "checkpoints") else {}
+        noted = AdapterSettings.from_dict(saved.get("adapter", {}))
+        if noted.start_digest is None:
+            raise ConfigError(f"adapter.start: no such folder: {start}; expected an adapter folder")
+        settings = config.adapter.started_from(noted.moka_config(), noted.start_digest)
+        return dataclasses.replace(config, adapter=settings), None
+    adapter = load_adapter(start)
+    base = open_base(config.base, quantise=config.quantise)
+    check_base(adapter.base_fingerprint, base.fingerprint)
+    linear = Architecture.from_hf_config(base.config).linear_layers()
+    raise_problems(
+        [
+            f"{path}: it is for {layer.plan.key}, the base's layer is {'x'.join(map(str, linear.get(path, ['none'])))}"
+            for path, layer in adapter.layers.items()
+            if linear.get(path) != (layer.plan.out_features, layer.plan.in_features)
+        ],
+        f"{start}: this adapter does not fit {config.base}",
+    )
+    settings = config.adapter.started_from(adapter.config, adapter.digest)
+    own = settings.moka_config()
+    if plan_model(own, linear).keys() != adapter.layers.keys():  # targets that were meant for another model
+        own = dataclasses.replace(own, target_modules=tuple(adapter.layers))
+        settings = dataclasses.replace(settings, overrides=own.to_dict())
+    return dataclasses.replace(config, adapter=settings), dataclasses.replace(adapter, config=own)
+
+
+def attach_start(model: Llama, config: TrainConfig, start: Adapter | None) -> None:
+    """Attach what a run starts from: an adapter, or a fresh one."""
+    from moka_jax import import_adapter
+
+    if start is None:
+        attach_fresh(model, config)
+    else:
+        import_adapter(model, start)
+
+
 def attach_fresh(model: Llama, config: TrainConfig) -> None:
-    """Attach the adapter that a run starts from."""
+    """Attach a fresh adapter of a run's settings: what it starts from, unless it goes on from another."""
     from moka_jax import attach
 
     attach(model, config.adapter.moka_config(model.architecture), seed=config.seed)

@@ -45,28 +45,51 @@ FREE_FIELDS = (
 )
 
 
+# Of an adapter that a run goes on from, what may be given otherwise: it says how one trains and computes, not what is.
+STARTED_FIELDS = ("dropout", *RUNTIME_FIELDS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """A preset of `moka_core`, and the fields of `MokaConfig` in which the run differs from it.
+    """What a run trains: a fresh adapter, of a preset and the fields in which it differs, or one that there is.
 
     Args:
-        preset: name of a preset.
+        preset: name of a preset; None for "paper", or with a `start`.
         overrides: fields of `MokaConfig`; in YAML they stand beside `preset`.
+        start: adapter folder that training goes on from. Of its settings only `STARTED_FIELDS` may be given otherwise;
+            others may be given as they are. None for a fresh adapter, ΔW = 0.
+        start_digest: `moka_core.Adapter.digest` of the adapter in that folder. A run notes it, and all of the
+            adapter's settings in `overrides`, so that neither resuming nor exporting it needs the folder.
 
     Raises:
-        ConfigError: the preset or a field is unknown, or a value is out of range.
+        ConfigError: the preset or a field is unknown, a value is out of range, or both a preset and a start are given.
     """
 
-    preset: str = "paper"
+    preset: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    start_digest: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+        if self.start is not None:
+            check_path("adapter.start", self.start)
+            if self.preset is not None:
+                raise ConfigError(
+                    f"adapter.preset: expected none, as the shapes are those of adapter.start, {self.start}; "
+                    f"got {self.preset!r}"
+                )
+        elif self.start_digest is not None:
+            raise ConfigError("adapter.start_digest: expected adapter.start, the folder that it is of; got none")
+        elif self.preset is None:
+            object.__setattr__(self, "preset", "paper")
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"adapter.preset: expected one of {', '.join(PRESETS)}; got {self.preset!r}")
+        if self.start_digest is not None and not isinstance(self.start_digest, str):
+            raise ConfigError(f"adapter.start_digest: expected text; got {self.start_digest!r}")
         overrides = named_values(self.overrides, where="adapter.overrides")
         check_keys(overrides, [f.name for f in dataclasses.fields(MokaConfig)], where="adapter")
         object.__setattr__(self, "overrides", dict(self.overrides))
-        if self.preset == "paper":
+        if self.preset == "paper" or self.start_digest is not None:
             self.moka_config()
         else:
             MokaConfig.from_dict({key: value for key, value in self.overrides.items() if key != "shapes"})
@@ -78,21 +101,61 @@ class AdapterSettings:
             model: the architecture; some presets need it.
 
         Raises:
-            ConfigError: see `moka_core.preset` and `MokaConfig`.
+            ConfigError: there is a `start` that was not looked at yet; or see `moka_core.preset` and `MokaConfig`.
         """
-        return preset(self.preset, model, **field_values(self.overrides, where="adapter"))
+        if self.start is None:
+            assert self.preset is not None
+            return preset(self.preset, model, **field_values(self.overrides, where="adapter"))
+        if self.start_digest is None:
+            raise ConfigError(f"adapter.start: the shapes stand in {self.start}; see AdapterSettings.started_from")
+        return MokaConfig.from_dict(self.overrides)
+
+    def started_from(self, config: MokaConfig, digest: str) -> AdapterSettings:
+        """These settings, once it is known what `start` holds: the digest, and all of the adapter's settings.
+
+        Args:
+            config: of the adapter in the folder.
+            digest: of that adapter.
+
+        Raises:
+            ConfigError: a field contradicts the adapter, or `start_digest` is that of another one.
+        """
+        if self.start_digest not in (None, digest):
+            raise ConfigError(
+                f"adapter.start: expected the adapter that the run started from, digest {self.start_digest}; "
+                f"{self.start} holds another one, {digest}"
+            )
+        given = field_values(self.overrides, where="adapter")
+        for name, value in given.items():
+            if name not in STARTED_FIELDS and _comparable(value) != _comparable(getattr(config, name)):
+                raise ConfigError(
+                    f"adapter.{name}: the adapter in adapter.start, {self.start}, has another; of its settings only "
+                    f"{' and '.join(STARTED_FIELDS)} can be changed, so leave adapter.{name} out"
+                )
+        own = {name: given[name] for name in STARTED_FIELDS if name in given}
+        values = dataclasses.replace(config, **own).to_dict()
+        return AdapterSettings(overrides=values, start=self.start, start_digest=digest)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
-        return {"preset": self.preset, **self.overrides}
+        own = {name: getattr(self, name) for name in ("preset", "start", "start_digest")}
+        return {name: value for name, value in own.items() if value is not None} | dict(self.overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterSettings:
-        """The settings that `to_dict` wrote, or that a user typed: `preset`, and fields of `MokaConfig` beside it."""
+        """The settings that `to_dict` wrote, or that a user typed: `preset` or `start`, and fields of `MokaConfig`."""
         values = named_values(values, where="adapter")
-        check_keys(values, ["preset", *(f.name for f in dataclasses.fields(MokaConfig))], where="adapter")
-        overrides = {key: value for key, value in values.items() if key != "preset"}
-        return cls(preset=values.get("preset", "paper"), overrides=overrides)
+        own = ("preset", "start", "start_digest")
+        check_keys(values, [*own, *(f.name for f in dataclasses.fields(MokaConfig))], where="adapter")
+        overrides = {key: value for key, value in values.items() if key not in own}
+        return cls(overrides=overrides, **{key: values[key] for key in own if key in values})
+
+
+def _comparable(value: Any) -> Any:
+    """A field of `MokaConfig`, in whatever form and order it was given."""
+    if isinstance(value, str) or not isinstance(value, (Mapping, Sequence)):
+        return value
+    return set(value.items() if isinstance(value, Mapping) else value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +282,7 @@ class TrainConfig:
         attend: how attention is computed, "xla" or, on NVIDIA GPUs in bfloat16, "cudnn".
         mesh: the devices to spread the run over; None for one. Sums are then taken in another order, so that a run is
             bit-equal to another one on the same mesh only.
-        adapter: preset and overrides.
+        adapter: preset and overrides, or the adapter to go on from.
         eval_every: steps between evaluations; the first is before step 1, the last after the final step.
         eval_batches: batches of one evaluation; None for the whole held-out set.
         checkpoint_every: steps between checkpoints; the final step always has one, and so has every step with the
@@ -348,7 +411,7 @@ class TrainConfig:
         values = self.to_dict()
         for name in FREE_FIELDS:
             del values[name]
-        for name in RUNTIME_FIELDS:
+        for name in (*RUNTIME_FIELDS, "start"):  # that it is the same start is seen from its digest
             values["adapter"].pop(name, None)
         for name in ("train", "eval"):
             del values["data"][name]
@@ -359,8 +422,8 @@ class TrainConfig:
     def shared(self) -> dict[str, Any]:
         """What all processes of a run must be told alike, flat: everything but paths, which may differ by host."""
         values = _flat(self.to_dict())
-        for name in ("base", "output", "data.train", "data.eval"):
-            del values[name]
+        for name in ("base", "output", "data.train", "data.eval", "adapter.start"):
+            values.pop(name, None)
         return values
 
 

@@ -1,0 +1,219 @@
+"""`moka import`: a LoRA adapter or a fine-tuned model becomes the nearest MoKA adapter, with its error; and its refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conversion import load_adapter, open_base, save_adapter
+from conversion.lora_folder import load_lora
+from moka_cli.import_ import base_layers
+from moka_core import MokaConfig
+from moka_core.oracle import dense_delta
+from tests.moka_cli.test_commands import call
+from tests.tiny import random_adapter, save_tiny_llama
+
+SMALL = ("--set", "r=4", "--set", "num_shapes=2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("import") / "base")
+
+
+def save_lora(base, folder, **settings):
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], **settings})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory):
+    return save_lora(base, tmp_path_factory.mktemp("lora") / "lora")
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """The base with a random MoKA of the preset's shapes added on q and v, so that the nearest one is exact."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("tuned") / "tuned")
+    opened = open_base(base)
+    adapter = random_adapter(opened, MokaConfig(r=4, num_shapes=1))
+    tensors = load_file(folder / "model.safetensors")
+    for path in adapter.layers:
+        tensors[f"{path}.weight"] = tensors[f"{path}.weight"] + 0.1 * delta_of(adapter, path).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def delta_of(adapter, path):
+    return dense_delta(adapter.layers[path], adapter.layer_config(path))
+
+
+def test_a_lora_becomes_the_nearest_adapter_and_its_errors_are_those_of_the_oracle(base, lora, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert call("import", lora, tmp_path / "out", "--base", base, *SMALL, "--json", figures) == 0
+    printed = capsys.readouterr().out
+    adapter, wanted = load_adapter(tmp_path / "out"), load_lora(lora, base_layers(open_base(base)))
+    assert adapter.layers.keys() == wanted.keys()
+    assert adapter.config.target_modules == ("down_proj", "q_proj")
+    assert adapter.base_fingerprint == open_base(base).fingerprint
+    assert adapter.base_model == str(base)
+    told = json.loads(figures.read_text())
+    left = whole = 0.0
+    for path, layer in wanted.items():
+        delta = layer.delta()
+        error = np.linalg.norm(delta - delta_of(adapter, path))
+        left, whole = left + error**2, whole + np.linalg.norm(delta) ** 2
+        assert told["layers"][path]["error"] == pytest.approx(error / np.linalg.norm(delta), abs=1e-6)
+        assert 0.3 < told["layers"][path]["error"] < 1  # a random update of low rank projects badly
+    assert told["total"]["error"] == pytest.approx((left / whole) ** 0.5, abs=1e-6)
+    assert told["total"]["lora_parameters"] == sum(layer.parameters for layer in wanted.values())
+    assert told["total"]["parameters"] == adapter.trainable
+    assert f"of all layers together {told['total']['error']:.4f}" in printed
+    assert {(row["kind"], row["layers"]) for row in told["kinds"]} == {("q_proj", 2), ("down_proj", 2)}
+
+
+def test_exact_adds_terms_that_hold_the_lora_and_peft_computes_the_same_with_both(base, tmp_path):
+    import moka_torch  # noqa: F401
+
+    source = save_lora(base, tmp_path / "lora", rank_pattern={"0.self_attn.q_proj": 3}, use_rslora=True)
+    assert call("import", source, tmp_path / "out", "--base", base, *SMALL, "--exact", "--max-error", "1e-6") == 0
+    adapter = load_adapter(tmp_path / "out")
+    assert adapter.config.r == 4 + 3
+    tokens = torch.arange(12)[None]
+    logits = []
+    for folder in (source, tmp_path / "out"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+            with model.disable_adapter():
+                without = model(tokens).logits
+    assert (logits[0] - without).abs().max() > 0.1
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)  # measured: 2e-6
+
+
+def test_a_fine_tuned_model_becomes_the_adapter_that_was_merged_into_it(base, tuned, tmp_path):
+    one_shape = ("--set", "r=4", "--set", "num_shapes=1")
+    assert call("import", tuned, tmp_path / "out", "--base", base, *one_shape, "--quantise", "none") == 0
+    adapter = load_adapter(tmp_path / "out")
+    before, after = (open_base(folder, quantise="none") for folder in (base, tuned))
+    for path in adapter.layers:
+        delta = after.dense(f"{path}.weight") - before.dense(f"{path}.weight")
+        error = np.linalg.norm(delta - delta_of(adapter, path)) / np.linalg.norm(delta)
+        assert error < 1e-6  # measured: 2e-7, the rounding of W + ΔW
+
+
+def test_what_else_changed_is_refused_unless_it_is_to_be_left_behind(base, tuned, lora, tmp_path, capsys):
+    other = shutil.copytree(tuned, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.5)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors")
+    arguments = ["import", other, tmp_path / "out", "--base", base, *SMALL]
+    assert call(*arguments) == 1
+    refusal = capsys.readouterr().err
+    assert "changes more than the targeted layers" in refusal
+    assert "model.norm.weight: 50.00%" in refusal
+    assert "model.layers.1.mlp.up_proj.weight: " in refusal
+    assert not (tmp_path / "out").exists()
+    assert call(*arguments, "--only-targets") == 0
+    assert "left behind: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+
+    arguments = ["import", lora, tmp_path / "less", "--base", base, *SMALL, "--set", "target_modules=[q_proj]"]
+    assert call(*arguments) == 1
+    assert "model.layers.0.mlp.down_proj: " in capsys.readouterr().err
+    assert call(*arguments, "--only-targets") == 0
+
+
+def test_layers_that_the_source_leaves_alone_start_fresh(base, lora, tmp_path, capsys):
+    targets = "target_modules=[q_proj, down_proj, v_proj]"
+    assert call("import", lora, tmp_path / "out", "--base", base, *SMALL, "--set", targets) == 0
+    assert "2 layers have ΔW = 0 and a fresh start" in capsys.readouterr().out
+    adapter = load_adapter(tmp_path / "out")
+    path = "model.layers.0.self_attn.v_proj"
+    assert not delta_of(adapter, path).any()
+    assert all(array.all() for array in adapter.layers[path].factor_a)
+
+
+def test_layers_of_some_depths_only_keep_their_paths(base, tmp_path):
+    source = save_lora(base, tmp_path / "lora", layers_to_transform=[1])
+    assert call("import", source, tmp_path / "out", "--base", base, *SMALL) == 0
+    adapter = load_adapter(tmp_path / "out")
+    assert set(adapter.config.target_modules) == set(adapter.layers)
+    assert {path.split(".")[2] for path in adapter.layers} == {"1"}
+
+
+def refused(capsys, *arguments):
+    assert call("import", *arguments) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_refusals(base, lora, tuned, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "empty").mkdir()
+    start = ("--base", base, *SMALL)
+    assert "expected a folder that does not exist yet" in refused(capsys, lora, tmp_path / "taken", *start)
+    assert "found neither" in refused(capsys, tmp_path / "empty", out, *start)
+    assert "no such folder" in refused(capsys, lora, out, "--base", tmp_path / "nowhere")
+    assert "unknown 'rr' (did you mean 'r'?)" in refused(capsys, lora, out, *start, "--set", "rr=3")
+    assert "unknown preset 'papper'" in refused(capsys, lora, out, *start, "--preset", "papper")
+    assert "--max-error: expected a number >= 0" in refused(capsys, lora, out, *start, "--max-error", "-1")
+    assert "--json: expected a file that can be written" in refused(capsys, lora, out, *start, "--json", tmp_path)
+    assert "--exact: expected a LoRA adapter" in refused(capsys, tuned, out, *start, "--exact")
+    identity = ("--set", "identity=a", "--set", "num_shapes=1")
+    assert "--exact: expected identity=none" in refused(capsys, lora, out, "--base", base, *identity, "--exact")
+    told = refused(capsys, lora, out, *start, "--max-error", "0.2")
+    assert "--max-error 0.2: 4 of 4 layers are worse; the worst is model.layers." in told
+    assert "nothing to project: ΔW = 0 on all 4" in refused(
+        capsys, shutil.copytree(base, tmp_path / "same"), out, *start
+    )
+    assert "quantise: expected nf4-double, nf4 or none" in refused(capsys, lora, out, *start, "--quantise", "int8")
+    save_adapter(random_adapter(open_base(base), MokaConfig(r=2, num_shapes=1)), tmp_path / "moka")
+    assert "this is a MoKA adapter already" in refused(capsys, tmp_path / "moka", out, *start)
+    assert not out.exists()
+
+
+def test_pairs_that_are_none_are_refused(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    wide = save_tiny_llama(tmp_path / "wide", intermediate_size=256)
+    told = refused(capsys, wide, out, "--base", base)
+    assert "of the same architecture:\n  intermediate_size: 192 became 256" in told
+    theta = save_tiny_llama(tmp_path / "theta", rope_theta=5e5)
+    assert "the rotary settings or rms_norm_eps differ" in refused(capsys, theta, out, "--base", base)
+    biased = save_tiny_llama(tmp_path / "biased", attention_bias=True)
+    assert "model.layers.0.self_attn.q_proj.bias: only in one of them" in refused(capsys, biased, out, "--base", base)
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    assert "q_proj.weight: expected finite numbers" in refused(capsys, broken, out, "--base", base)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = np.ones((3, 128), ml_dtypes.bfloat16)
+    save_file(tensors, broken / "model.safetensors")
+    assert "expected (128, 128), got (3, 128)" in refused(capsys, base, out, "--base", broken)
+    assert not out.exists()
+
+
+def test_a_packed_folder_is_no_half_of_a_pair(base, tmp_path, capsys):
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=settings).save_pretrained(tmp_path / "packed")
+    told = refused(capsys, base, tmp_path / "out", "--base", tmp_path / "packed")
+    assert "expected dense weights; these are NF4" in told

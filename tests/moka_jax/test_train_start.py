@@ -1,0 +1,218 @@
+"""A run that goes on from an adapter: its first loss is that adapter's, and it needs the folder only once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from conversion import load_adapter, open_base, save_adapter
+from moka_cli.train import resolve_start
+from moka_core import Adapter, AdapterError, ConfigError, MokaConfig
+from moka_jax.train import AdapterSettings, TrainConfig, read_metrics
+from tests.moka_cli.test_commands import call
+from tests.moka_jax.train_toys import make_tokenizer
+from tests.tiny import random_adapter, save_tiny_llama, write_run
+
+CONFIG = MokaConfig(r=3, num_shapes=2, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save_tiny_llama(tmp_path_factory.mktemp("start") / "base", vocab_size=320, max_position_embeddings=128)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(base, tmp_path_factory):
+    """An adapter that moves the model a lot."""
+    return save_adapter(random_adapter(open_base(base), CONFIG), tmp_path_factory.mktemp("adapter") / "start")
+
+
+def write(folder, base, start, **settings):
+    adapter = {"start": str(start)} | settings.pop("adapter", {})
+    settings = {"steps": 4, "batch_size": 4, "eval_every": 2, "checkpoint_every": 2} | settings
+    return write_run(folder, base, train=12, eval=4, adapter=adapter, optimiser={"learning_rate": 3e-3}, **settings)
+
+
+def held_out(folder):
+    return [record["loss"] for record in read_metrics(folder / "out" / "metrics.jsonl") if record["kind"] == "eval"]
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return one.layers.keys() == other.layers.keys() and all(
+        np.array_equal(a, b)
+        for path, layer in one.layers.items()
+        for (_, a), (_, b) in zip(layer.tensors(), other.layers[path].tensors(), strict=True)
+    )
+
+
+def test_a_run_goes_on_from_the_adapter_is_resumed_and_exported_without_it(base, start, tmp_path, capsys):
+    """The first held-out loss is that of the imported adapter, not of the base, and training goes on below it."""
+    import jax
+    import jax.numpy as jnp
+
+    from moka_jax import import_adapter
+    from moka_jax.llama import load_llama
+    from moka_jax.train import load_dataset
+    from moka_jax.train.batches import eval_batches
+    from moka_jax.train.step import make_eval_step  # noqa: F401
+
+    folder = shutil.copytree(start, tmp_path / "start")
+    run = write(tmp_path, base, folder)
+    assert call("train", run, "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    assert call("train", run) == 0
+    losses = held_out(tmp_path)
+    assert len(losses) == 3
+
+    config = TrainConfig.from_yaml(run)
+    data = load_dataset(config.data.eval, make_tokenizer(), max_length=config.data.max_length)
+
+    def loss_of(model) -> float:
+        total = count = 0.0
+        for batch in eval_batches(data, batch_size=4):
+            logits = jax.nn.log_softmax(model(jnp.asarray(batch["tokens"])).astype(jnp.float32))
+            picked = jnp.take_along_axis(logits, jnp.asarray(batch["targets"])[..., None], -1)[..., 0]
+            total += float(-(picked * batch["loss_mask"]).sum())
+            count += float(batch["loss_mask"].sum())
+        return total / count
+
+    plain = loss_of(load_llama(open_base(base)))
+    adapted = loss_of(import_adapter(load_llama(open_base(base)), load_adapter(start)))
+    assert losses[0] == pytest.approx(adapted, rel=1e-4)
+    assert abs(adapted - plain) > 0.1
+    assert losses[2] < losses[1] < losses[0] - 0.05
+
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    assert call("export", tmp_path / "out", tmp_path / "adapter") == 0
+    exported = load_adapter(tmp_path / "adapter")
+    assert exported.layers.keys() == load_adapter(start).layers.keys()
+    assert exported.config.shapes == load_adapter(start).config.shapes
+    assert not same(exported, load_adapter(start))
+
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "4")  # as if it had been stopped after step 2
+    assert call("train", run) == 0
+    assert held_out(tmp_path) == losses
+    assert call("export", tmp_path / "out", tmp_path / "again") == 0
+    assert same(load_adapter(tmp_path / "again"), exported)
+
+    other = random_adapter(open_base(base), CONFIG, seed=5)
+    save_adapter(other, folder)
+    capsys.readouterr()
+    assert call("train", run) == 1
+    assert "adapter.start_digest" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    shutil.copytree(start, tmp_path / "moved")
+    assert call("train", run, f"adapter.start={tmp_path / 'moved'}") == 0, "the same adapter elsewhere is no other run"
+
+
+def test_dropout_and_execution_may_be_given_beside_it(base, start, tmp_path):
+    run = write(tmp_path, base, start, adapter={"dropout": 0.25, "execution": "merged", "r": 3})
+    config, adapter = resolve_start(TrainConfig.from_yaml(run))
+    settings = config.adapter.moka_config()
+    assert (settings.dropout, settings.execution, settings.r) == (0.25, "merged", 3)
+    assert adapter.config == settings
+    assert config.adapter.start_digest == load_adapter(start).digest
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.adapter.moka_config() == settings
+    assert "adapter.start" not in again.meaning()
+    assert again.meaning()["adapter.start_digest"] == config.adapter.start_digest
+    assert "adapter.start" not in again.shared()
+
+
+def test_targets_that_mean_more_here_become_the_adapted_layers(base, tmp_path):
+    adapter = random_adapter(open_base(base), CONFIG)
+    values = {path: layer for path, layer in adapter.layers.items() if path.endswith("q_proj")}
+    save_adapter(dataclasses.replace(adapter, layers=values), tmp_path / "q")
+    config, found = resolve_start(TrainConfig.from_yaml(write(tmp_path, base, tmp_path / "q")))
+    assert config.adapter.moka_config().target_modules == tuple(values)
+    assert found.layers.keys() == values.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"preset": "paper", "start": "a"},
+            "adapter.preset: expected none, as the shapes are those of adapter.start, a",
+        ),
+        ({"start": ""}, "adapter.start: expected a path; got ''"),
+        ({"start": 3}, "adapter.start: expected a path; got 3"),
+        ({"start_digest": "00"}, "adapter.start_digest: expected adapter.start"),
+        ({"start": "a", "start_digest": 3}, "adapter.start_digest: expected text; got 3"),
+        ({"start": "a", "droput": 0.1}, "unknown 'droput' (did you mean 'dropout'?)"),
+        ({"start": "a", "dropout": 1.5}, "dropout: expected 0 <= dropout < 1; got 1.5"),
+        ({"strat": "a"}, "unknown 'strat' (did you mean 'start'?)"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        AdapterSettings.from_dict(settings)
+    assert message in str(caught.value)
+
+
+def test_the_shapes_of_a_start_are_not_known_before_it_is_read():
+    with pytest.raises(ConfigError, match="the shapes stand in a; see"):
+        AdapterSettings.from_dict({"start": "a"}).moka_config()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 10}, "adapter.r: the adapter in adapter.start, "),
+        ({"gate": "uniform"}, "only dropout and execution can be changed, so leave adapter.gate out"),
+        ({"scale": 2.0}, "adapter.scale: the adapter in adapter.start"),
+        ({"target_modules": ["q_proj"]}, "adapter.target_modules: the adapter in adapter.start"),
+        ({"shapes": {"128x128": [[3, 8, 8, 16, 16]]}}, "adapter.shapes: the adapter in adapter.start"),
+        ({"start_digest": "0" * 64}, "expected the adapter that the run started from, digest 000"),
+    ],
+)
+def test_settings_that_contradict_the_adapter(base, start, tmp_path, settings, message, capsys):
+    assert call("train", write(tmp_path, base, start, adapter=settings)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_agree_with_the_adapter_are_taken(base, start, tmp_path):
+    adapter = load_adapter(start)
+    values = {key: value for key, value in adapter.config.to_dict().items() if key != "execution"}
+    config, _ = resolve_start(TrainConfig.from_yaml(write(tmp_path, base, start, adapter=values)))
+    assert config.adapter.moka_config() == adapter.config
+
+
+def test_an_adapter_of_another_base_or_none_at_all_is_refused_before_the_base_is_read(base, start, tmp_path):
+    other = save_tiny_llama(tmp_path / "other", seed=3, vocab_size=320)
+    with pytest.raises(AdapterError, match="this adapter was trained on another base model"):
+        resolve_start(TrainConfig.from_yaml(write(tmp_path, other, start)))
+    anonymous = dataclasses.replace(load_adapter(start), base_fingerprint=None)
+    save_adapter(anonymous, tmp_path / "anonymous")
+    small = save_tiny_llama(tmp_path / "small", num_hidden_layers=1)
+    with pytest.raises(
+        AdapterError, match=r"layers\.1\.self_attn\.q_proj: it is for 128x128, the base's layer is none"
+    ):
+        resolve_start(TrainConfig.from_yaml(write(tmp_path, small, tmp_path / "anonymous")))
+    with pytest.raises(ConfigError, match=r"adapter\.start: no such folder: .*nowhere"):
+        resolve_start(TrainConfig.from_yaml(write(tmp_path, base, tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: no such file"):
+        resolve_start(TrainConfig.from_yaml(write(tmp_path, base, tmp_path / "empty")))
+
+
+def test_the_digest_is_of_the_numbers_and_settings_and_of_nothing_else(base, start, tmp_path):
+    adapter = load_adapter(start)
+    renamed = dataclasses.replace(adapter, base_model="elsewhere", base_fingerprint=None)
+    assert renamed.digest == adapter.digest
+    assert load_adapter(save_adapter(adapter, tmp_path / "copy")).digest == adapter.digest
+    computed = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, execution="merged"))
+    assert computed.digest == adapter.digest
+    scaled = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, scale=2.0))
+    assert scaled.digest != adapter.digest
+    path, layer = next(iter(adapter.layers.items()))
+    moved = dataclasses.replace(layer, gate_logits=layer.gate_logits + np.float32(1e-6))
+    assert dataclasses.replace(adapter, layers={**adapter.layers, path: moved}).digest != adapter.digest
