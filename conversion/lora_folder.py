@@ -129,8 +129,8 @@ def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[
         for name, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             if len(values) > 1:
                 problems.append(
-                    f"{path}: {name}: expected patterns of one value to match it; got {' and '.join(map(str, values))}, "
-                    "and which of them came first is lost, since PEFT sorts them"
+                    f"{path}: {name}: expected one value for it; got {' and '.join(map(str, values))}, and which of "
+                    "the patterns came first is lost, since PEFT sorts them"
                 )
         rank, (out, in_) = ranks[0], linear_layers[path]
         scale = alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)

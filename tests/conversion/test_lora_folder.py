@@ -138,9 +138,9 @@ def test_half_precision_is_read(plain, layers, tmp_path):
         ({"alpha_pattern": [3]}, "alpha_pattern: expected {pattern: number}; got [3]"),
         (
             {"rank_pattern": {"q_proj": 4, ".*q_proj": 3}},
-            "rank_pattern: expected patterns of one value to match it; got 3 and 4, and which of them came first is lost",
+            "rank_pattern: expected one value for it; got 3 and 4, and which of the patterns came first is lost",
         ),
-        ({"alpha_pattern": {"v_proj": 4, ".*1.*": 3}}, "v_proj: alpha_pattern: expected patterns of one value"),
+        ({"alpha_pattern": {"v_proj": 4, ".*1.*": 3}}, "v_proj: alpha_pattern: expected one value"),
         ({"use_rslora": "yes"}, "use_rslora: expected true or false; got 'yes'"),
         ({"target_modules": None}, "target_modules: expected a list of names or a regular expression; got None"),
         ({"target_modules": ["w_proj"]}, "target_modules: ['w_proj'] matches no linear layer of the base"),

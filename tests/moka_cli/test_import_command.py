@@ -1,4 +1,4 @@
-"""`moka import`: a LoRA adapter or a fine-tuned model becomes the nearest MoKA adapter, with its error; and its refusals."""
+"""`moka import`: a LoRA adapter or a fine-tuned model becomes the nearest MoKA adapter, or is refused."""
 
 from __future__ import annotations
 
