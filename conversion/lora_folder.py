@@ -221,7 +221,8 @@ def _own(config: Mapping[str, Any], patterns: str, default: str, path: str) -> l
 
 def _targeted(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], where: Path) -> list[str]:
     """The layers that PEFT adapts with this config."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    targets: Any = config.get("target_modules")
+    excluded = config.get("exclude_modules")
     for name, value in (("target_modules", targets), ("exclude_modules", excluded or [])):
         names = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         if not names and not isinstance(value, str):

@@ -63,7 +63,7 @@ def run_import(
     base: Path,
     preset_name: str,
     settings: list[str],
-    exact: bool,
+    lora_terms: int,
     quantise: str,
     only_targets: bool,
     max_error: float | None,
@@ -72,18 +72,16 @@ def run_import(
     """Write the adapter, and tell how near it comes, kind by kind."""
     from conversion import open_base, save_adapter
 
-    _check_outputs(out, json_file, max_error)
+    _check_options(out, json_file, max_error, lora_terms)
     opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
     layers = base_layers(opened)
     lora = read_lora(source, layers)
-    if exact and lora is None:
-        raise ConfigError(f"--exact: expected a LoRA adapter, whose rank it takes; {source} is a model")
     given = parse_settings(settings)
     if lora is not None:
         given.setdefault("target_modules", target_names(lora, layers))
     config = preset(preset_name, Architecture.from_hf_config(opened.config), **given)
-    if exact and lora is not None:
-        config = with_lora_terms(config, layers, max(layer.rank for layer in lora.values()))
+    if lora_terms:
+        config = with_lora_terms(config, layers, lora_terms)
     plans = plan_model(config, layers)
     console = Console()
     with console.status("comparing with the base"):
@@ -154,24 +152,24 @@ def target_names(lora: dict[str, LoraLayer], layers: dict[str, tuple[int, int]])
     return sorted(names) if set(caught) == set(lora) else list(lora)
 
 
-def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], rank: int) -> MokaConfig:
-    """The config with `rank` terms (out x 1) ⊗ (1 x in) more on each layer, which hold any LoRA of that rank exactly.
+def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], terms: int) -> MokaConfig:
+    """The config with `terms` terms (out x 1) ⊗ (1 x in) more on each layer: alone, the nearest matrix of that rank.
 
     Raises:
         ConfigError: one factor is a fixed identity, or some layers have shapes of their own.
     """
     if config.identity != "none" or config.r_pattern or config.shapes_pattern:
         raise ConfigError(
-            "--exact: expected identity=none and no r_pattern or shapes_pattern: its terms are added to all"
+            "--lora-terms: expected identity=none and no r_pattern or shapes_pattern: its terms are added to all layers"
         )
     plans = plan_model(config, layers)
     extended = {}
     for plan in plans.values():
         mine = KronShape(plan.out_features, 1, 1, plan.in_features)
         others = tuple(group for group in plan.groups if group.shape != mine)
-        copies = rank + sum(group.copies for group in plan.groups if group.shape == mine)
+        copies = terms + sum(group.copies for group in plan.groups if group.shape == mine)
         extended[plan.key] = dataclasses.replace(plan, groups=(ShapeGroup(mine, copies), *others))
-    return dataclasses.replace(config, r=config.r + rank, shapes=tuple(extended.values()))
+    return dataclasses.replace(config, r=config.r + terms, shapes=tuple(extended.values()))
 
 
 def project(
@@ -256,13 +254,15 @@ def _read_source(source: Path, base: Path, lora: dict[str, LoraLayer] | None, pl
     return Source(delta=delta, lora=lora, left_behind=left_behind)
 
 
-def _check_outputs(out: Path, json_file: Path | None, max_error: float | None) -> None:
+def _check_options(out: Path, json_file: Path | None, max_error: float | None, lora_terms: int) -> None:
     if out.exists():
         raise AdapterError(f"{out}: expected a folder that does not exist yet; choose another name or remove it")
     if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
         raise ConfigError(f"--json: expected a file that can be written; got {json_file}")
     if max_error is not None and not max_error >= 0:
         raise ConfigError(f"--max-error: expected a number >= 0; got {max_error}")
+    if lora_terms < 0:
+        raise ConfigError(f"--lora-terms: expected a whole number >= 0; got {lora_terms}")
 
 
 def _check_errors(found: dict[str, Nearest], max_error: float | None) -> None:
@@ -271,8 +271,8 @@ def _check_errors(found: dict[str, Nearest], max_error: float | None) -> None:
         path = max(worse, key=lambda path: worse[path])
         raise AdapterError(
             f"--max-error {max_error}: {len(worse)} of {len(found)} layers are worse; the worst is {path} with "
-            f"{worse[path]:.4f}; nothing was written. More terms (--set r=...), other shapes (--set shapes=...) or, "
-            "from a LoRA, --exact come nearer"
+            f"{worse[path]:.4f}; nothing was written. More terms (--set r=...), other shapes (--set shapes=...) or "
+            "--lora-terms N come nearer"
         )
 
 

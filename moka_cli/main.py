@@ -278,9 +278,9 @@ def import_(
     base: Annotated[Path, typer.Option(help="The base model's folder.")],
     preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Add the terms (out x 1) ⊗ (1 x in) that hold the LoRA without an error.")
-    ] = False,
+    lora_terms: Annotated[
+        int, typer.Option(help="Add so many terms (out x 1) ⊗ (1 x in); as many as a LoRA's rank hold it exactly.")
+    ] = 0,
     quantise: Quantise = "nf4-double",
     only_targets: Annotated[
         bool, typer.Option("--only-targets", help="Leave behind what changed beside the targeted layers.")
@@ -293,7 +293,7 @@ def import_(
     Targets are the layers that the LoRA adapts, or the preset's. What comes out is a warm start: moka train goes on
     from it with adapter: {start: OUT}.
 
-    [dim]Example: moka import my-lora warm --base report/base --preset paper --exact[/dim]
+    [dim]Example: moka import my-lora warm --base report/base --preset paper --lora-terms 8[/dim]
     """
     from moka_cli.import_ import run_import
 
@@ -303,7 +303,7 @@ def import_(
         base=base,
         preset_name=preset,
         settings=set_ or [],
-        exact=exact,
+        lora_terms=lora_terms,
         quantise=quantise,
         only_targets=only_targets,
         max_error=max_error,

@@ -87,11 +87,13 @@ def test_a_lora_becomes_the_nearest_adapter_and_its_errors_are_those_of_the_orac
     assert {(row["kind"], row["layers"]) for row in told["kinds"]} == {("q_proj", 2), ("down_proj", 2)}
 
 
-def test_exact_adds_terms_that_hold_the_lora_and_peft_computes_the_same_with_both(base, tmp_path):
+def test_lora_terms_hold_the_lora_exactly_and_peft_computes_the_same_with_both(base, tmp_path):
     import moka_torch  # noqa: F401
 
     source = save_lora(base, tmp_path / "lora", rank_pattern={"0.self_attn.q_proj": 3}, use_rslora=True)
-    assert call("import", source, tmp_path / "out", "--base", base, *SMALL, "--exact", "--max-error", "1e-6") == 0
+    assert (
+        call("import", source, tmp_path / "out", "--base", base, *SMALL, "--lora-terms", 3, "--max-error", "1e-6") == 0
+    )
     adapter = load_adapter(tmp_path / "out")
     assert adapter.config.r == 4 + 3
     tokens = torch.arange(12)[None]
@@ -176,9 +178,9 @@ def test_refusals(base, lora, tuned, tmp_path, capsys):
     assert "unknown preset 'papper'" in refused(capsys, lora, out, *start, "--preset", "papper")
     assert "--max-error: expected a number >= 0" in refused(capsys, lora, out, *start, "--max-error", "-1")
     assert "--json: expected a file that can be written" in refused(capsys, lora, out, *start, "--json", tmp_path)
-    assert "--exact: expected a LoRA adapter" in refused(capsys, tuned, out, *start, "--exact")
-    identity = ("--set", "identity=a", "--set", "num_shapes=1")
-    assert "--exact: expected identity=none" in refused(capsys, lora, out, "--base", base, *identity, "--exact")
+    assert "--lora-terms: expected a whole number >= 0" in refused(capsys, lora, out, *start, "--lora-terms", -1)
+    identity = ("--set", "identity=a", "--set", "num_shapes=1", "--lora-terms", 1)
+    assert "--lora-terms: expected identity=none" in refused(capsys, lora, out, "--base", base, *identity)
     told = refused(capsys, lora, out, *start, "--max-error", "0.2")
     assert "--max-error 0.2: 4 of 4 layers are worse; the worst is model.layers." in told
     assert "nothing to project: ΔW = 0 on all 4" in refused(
