@@ -281,7 +281,9 @@ def import_(
     lora_terms: Annotated[
         int, typer.Option(help="Add so many terms (out x 1) ⊗ (1 x in); as many as a LoRA's rank hold it exactly.")
     ] = 0,
-    quantise: Quantise = "nf4-double",
+    quantise: Annotated[
+        str, typer.Option(help="How the base will be held, which the adapter notes: nf4-double, nf4 or none.")
+    ] = "nf4-double",
     only_targets: Annotated[
         bool, typer.Option("--only-targets", help="Leave behind what changed beside the targeted layers.")
     ] = False,

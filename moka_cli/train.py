@@ -166,8 +166,7 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         ConfigError: a setting contradicts that adapter; or the folder is gone, and the run has no checkpoint.
     """
     from conversion import load_adapter, open_base
-    from moka_core import Architecture, plan_model
-    from moka_jax.attach import check_base
+    from moka_core import Architecture, check_base, plan_model
     from moka_jax.train import AdapterSettings
     from moka_jax.train.checkpoint import checkpoint_steps
     from moka_jax.train.saved import saved_run
