@@ -226,6 +226,10 @@ class BaseFolder:
             ModelError: names that our LLaMA has no place for, a weight that is packed but not as NF4, or is of a
                 dtype that is none of a model's; all are listed.
         """
+        return dict(self._specs)
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
         names = sorted(self._names(), key=lambda name: (str(self.files[name]), name))
         headers, found, problems = self._headers, {}, []
         for name in names:
@@ -311,8 +315,10 @@ class BaseFolder:
         """One tensor of `specs`: as it stands if packed, packed if it is to be, dense otherwise.
 
         Raises:
-            ModelError: it cannot be read or packed, or has NaN or infinite entries.
+            ModelError: there is none of that name, it cannot be read or packed, or has NaN or infinite entries.
         """
+        if name not in self._specs:
+            raise ModelError(f"{self.folder}: has no tensor {name!r}")
         if f"{name}.{STATE_KEY}" in self.files:
             parts = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
             state = {part: self.tensor(part) for part in parts if part in self.files}
@@ -347,8 +353,6 @@ class BaseFolder:
 
     def dense(self, name: str) -> np.ndarray:
         """One linear weight (out, in) as the model computes with it: decoded if packed (or to be packed)."""
-        if name not in self.specs():
-            raise ModelError(f"{self.folder}: has no tensor {name!r}")
         value = self.weight(name)
         return dequantise_nf4(value) if isinstance(value, Nf4Weight) else value
 

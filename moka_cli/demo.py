@@ -18,7 +18,7 @@ from rich.table import Table
 from moka_cli.demo_base import prepare_base
 from moka_cli.demo_data import write_splits
 from moka_cli.generate import prompt_tokens, stop_tokens
-from moka_cli.parity import check, parity_table
+from moka_cli.parity import check, parity_table, print_verdict
 from moka_cli.pictures import plot_gates
 from moka_cli.train import attach_fresh, load_run_model, load_tokenizer
 from moka_core import Adapter, ConfigError
@@ -77,7 +77,7 @@ def run_demo(output: Path, *, steps: int) -> None:
         same = in_torch == after
         console.print(f"completions equal to JAX's: {'yes' if same else 'NO'}")
     with timer.stage("parity", console):
-        report = check(output / "adapter", output / "base", quantise="nf4-double", steps=50, console=console)
+        report = check(output / "adapter", output / "base", console=console, quantise="nf4-double", train=50)
 
     summary = _summary(result, adapter, timer, report, before, after, same, output)
     (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -248,5 +248,6 @@ def _print(
             console.print(f"  [dim]{when:>9}:[/dim] {' '.join(text.split())}", highlight=False, soft_wrap=True)
     console.print()
     console.print(parity_table(report))
+    print_verdict(report, console)
     files = "report.json, loss.png, gates.png, adapter/, run/metrics.jsonl"
     console.print(f"{output}/: {files}", highlight=False, soft_wrap=True)

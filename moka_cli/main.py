@@ -138,21 +138,48 @@ def lora(
 @app.command()
 def parity(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    base: Annotated[Path, typer.Option(help="The base model's folder, dense or packed by bitsandbytes.")],
+    backend: Annotated[
+        Literal["both", "jax", "torch"], typer.Option(help="Both against each other, or one against float64 in NumPy.")
+    ] = "both",
     quantise: Quantise = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of the training comparison; 0 leaves it out.")] = 50,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    train: Annotated[
+        int | None, typer.Option(help="Optimiser steps to compare; 0 leaves them out. 50 if both backends run.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="1 x 16 tokens, no optimiser steps.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of tokens; by default 2.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row; by default 64.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the tokens, where the base has no tokenizer.")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Show the difference of every module's output.")] = False,
+    allow_other_base: AllowOtherBase = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the report to this file, too.")] = None,
 ) -> None:
-    """Prove that JAX and PyTorch compute the same with an adapter; the exit status is 1 if they do not.
+    """Prove that an adapter computes the same in JAX and in PyTorch, or in one of them and by definition.
 
-    Compares packed and decoded weights, ΔW against the float64 oracle, logits, next tokens, gradients, and the
-    losses of identical optimiser steps, each with its bound.
+    Compares frozen weights bit for bit, ΔW with the float64 oracle, logits, next tokens, gradients, and the losses of
+    identical optimiser steps, each with its bound. Where they disagree it names the first module that differs, by how
+    much, and the likely cause. Exit status: 0 they agree, 3 they disagree, 1 it could not be compared.
 
     [dim]Example: moka parity report/adapter --base report/base[/dim]
+
+    [dim]In a CI that has one backend: moka parity my-adapter --base my-base --backend torch --quick[/dim]
     """
     from moka_cli.parity import run_parity
 
-    run_parity(adapter, base, quantise=quantise or "nf4-double", steps=steps, json_file=json_)
+    run_parity(
+        adapter,
+        base,
+        json_file=json_,
+        trace=trace,
+        backend=backend,
+        quantise=quantise,
+        train=train,
+        quick=quick,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        allow_other_base=allow_other_base,
+    )
 
 
 @app.command()

@@ -1,10 +1,10 @@
-"""`moka parity`: the comparison of both backends as a table."""
+"""`moka parity`: what an adapter computes in both backends, or in one and by definition, as a table."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,37 +14,71 @@ from moka_core import ConfigError
 if TYPE_CHECKING:
     from conversion.parity import ParityReport
 
+DISAGREE = 3  # the exit status: 1 is for what could not be compared, 2 for a wrong command line
 
-def run_parity(adapter: Path, base: Path, *, quantise: str, steps: int, json_file: Path | None) -> None:
-    """Compare, print the table, and exit with status 1 if a figure exceeds its bound."""
+_NAMES = {"JAX": "JAX", "PyTorch": "PyTorch (PEFT, bitsandbytes)", "float64": "the definition in float64 (NumPy)"}
+
+
+def run_parity(adapter: Path, base: Path, *, json_file: Path | None, trace: bool, **options: Any) -> None:
+    """Compare, print the table, and exit with status 3 if a figure exceeds its bound.
+
+    Args:
+        trace: print the difference of every module, too.
+        options: of `conversion.parity.check_parity`.
+    """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
     console = Console()
-    report = check(adapter, base, quantise=quantise, steps=steps, console=console)
+    report = check(adapter, base, console=console, trace=trace, **options)
+    if trace:
+        console.print(modules_table(report))
     console.print(parity_table(report))
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        json_file.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+    print_verdict(report, console)
     if not report.passed:
-        failed = ", ".join(row.name for row in report.rows if not row.passed)
-        console.print(f"[bold red]the backends disagree[/bold red]: {failed}")
-        raise SystemExit(1)
-    console.print("[green]both backends agree[/green]")
+        raise SystemExit(DISAGREE)
 
 
-def check(adapter: Path, base: Path, *, quantise: str, steps: int, console: Console) -> ParityReport:
-    """The parity report, with a line of progress for each stage."""
+def check(adapter: Path, base: Path, *, console: Console, **options: Any) -> ParityReport:
+    """The parity report, with a line of progress for each stage; `options` are those of `check_parity`."""
     from conversion.parity import check_parity
 
     with console.status("comparing") as status:
-        return check_parity(adapter, base, quantise=quantise, steps=steps, on_stage=status.update)  # type: ignore[arg-type]
+        return check_parity(adapter, base, on_stage=status.update, **options)
+
+
+def print_verdict(report: ParityReport, console: Console) -> None:
+    """Whether the sides agree, and if not, which figures exceed their bounds and where the difference begins."""
+    for note in report.notes:
+        console.print(f"[dim]{note}[/dim]", highlight=False, soft_wrap=True)
+    sides = "both backends" if "float64" not in report.sides else " and ".join(report.sides)
+    if report.passed:
+        console.print(f"[green]{sides} agree[/green]")
+        return
+    failed = ", ".join(row.name for row in report.rows if not row.passed)
+    console.print(f"[bold red]{sides} disagree[/bold red]: {failed}", soft_wrap=True)
+    if report.diagnosis is not None:
+        console.print(str(report.diagnosis), markup=False, highlight=False, soft_wrap=True)
 
 
 def parity_table(report: ParityReport) -> Table:
     """The comparisons, a row each."""
-    table = Table("comparison", "figure", "bound", "", title="JAX against PyTorch (PEFT, bitsandbytes)")
+    title = " against ".join(_NAMES[side] for side in report.sides)
+    table = Table("comparison", "figure", "bound", "", title=title)
     for row in report.rows:
         figure = f"{row.figure:d}" if isinstance(row.figure, int) else f"{row.figure:.2e}"
         verdict = "[green]ok[/green]" if row.passed else "[bold red]FAILS[/bold red]"
         at = f"; worst: {row.worst}" if row.worst else ""
         table.add_row(f"{row.name}\n[dim]{row.unit}{at}[/dim]", figure, f"{row.bound:g}", verdict)
+    if "float64" in report.sides:
+        table.add_row("gradients, optimiser steps\n[dim]both backends only[/dim]", "–", "", "[dim]left out[/dim]")
+    return table
+
+
+def modules_table(report: ParityReport) -> Table:
+    """Every module's difference, in order of computation."""
+    table = Table("module", "relative difference", title="outputs")
+    for name, figure in report.modules:
+        table.add_row(name, f"{figure:.1e}")
     return table

@@ -10,6 +10,22 @@ import numpy as np
 
 from moka_core.nf4 import Nf4Weight
 
+# The steps of a decoder layer in order of computation: the modules of a Hugging Face LLaMA, and between them, as
+# "self_attn.attention", softmax(q kᵀ) v, which o_proj reads.
+ATTENTION = "self_attn.attention"
+LAYER_STEPS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    ATTENTION,
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
@@ -30,20 +46,51 @@ class AdamW:
     weight_decay: float = 0.0
 
 
-class Probe(Protocol):
-    """A base model with a trained adapter on it, in one backend, without dropout.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenTensor:
+    """A tensor of the base model: as the model computes with it, float32, and as it is packed if it is."""
+
+    value: np.ndarray
+    packed: Nf4Weight | None = None
+
+
+class ForwardProbe(Protocol):
+    """A base model with a trained adapter on it, without dropout: its numbers, one tensor at a time.
+
+    Args:
+        label: what to call it: "JAX", "PyTorch", "float64".
+    """
+
+    label: str
+
+    def frozen(self) -> Sequence[str]:
+        """The base model's tensors by their names in a checkpoint; a tied output head is the embedding alone."""
+
+    def frozen_tensor(self, name: str) -> FrozenTensor:
+        """One of them, matrices (out, in)."""
+
+    def adapted(self) -> Sequence[str]:
+        """The paths of the adapted layers."""
+
+    def delta(self, path: str) -> np.ndarray:
+        """ΔW (out, in) of one of them."""
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """(batch, time, vocab), of the model as it is used."""
+
+    def trace(self, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, output (batch, time, features)) of every module in order of computation, the adapter included.
+
+        "model.embed_tokens"; for each layer i "model.layers.i." and each of `LAYER_STEPS`, then "model.layers.i";
+        "model.norm"; "lm_head". One layer at a time is computed and held.
+        """
+
+
+class Probe(ForwardProbe, Protocol):
+    """A `ForwardProbe` that can be trained.
 
     The loss is the mean cross-entropy of the learned tokens, each predicted from those before it.
     """
-
-    def packed(self) -> Iterator[tuple[str, Nf4Weight, np.ndarray]]:
-        """(layer's path, packed weight, the float32 weight that the backend decodes) of every NF4 layer."""
-
-    def deltas(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(layer's path, ΔW (out, in) float32) of every adapted layer."""
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """(batch, time, vocab), float32."""
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         """The loss, and its gradient by every trained array: "<path>.factor_a.0", …, "<path>.gate_logits"."""

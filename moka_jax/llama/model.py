@@ -210,7 +210,7 @@ class Llama(nnx.Module):
         Returns:
             (batch, time, vocab), float32.
         """
-        return self._logits(self.hidden(tokens, positions=positions, segments=segments))
+        return self.head(self.hidden(tokens, positions=positions, segments=segments))
 
     def hidden(
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
@@ -243,7 +243,7 @@ class Llama(nnx.Module):
         hidden, filled = self._run(tokens, positions, lengths, mask, cache)
         assert filled is not None
         last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), KvCache(keys=filled[0], values=filled[1], lengths=lengths)
+        return self.head(last), KvCache(keys=filled[0], values=filled[1], lengths=lengths)
 
     def new_cache(self, batch: int, capacity: int) -> KvCache:
         """An empty cache for `capacity` positions."""
@@ -262,13 +262,14 @@ class Llama(nnx.Module):
         cache: KvCache | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         cosines, sines = turns(self.config.rope, self.architecture.head_dim, positions, lengths, self.dtype)
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         own = None if cache is None else (cache.keys, cache.values)
         start = None if cache is None else cache.lengths
         x, own = self.model.layers(x, cosines, sines, mask, start, per_layer=own)
         return self.model.norm(x), own
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads, (batch, time, hidden), in the model's dtype."""
         table = self.model.embed_tokens.embedding[...]
         if self.layout is not None:
             table = jax.lax.with_sharding_constraint(table, self.layout.used(("vocab", "embed"), table.shape))
@@ -277,7 +278,8 @@ class Llama(nnx.Module):
             x = jax.lax.with_sharding_constraint(x, self.layout.batch())
         return x
 
-    def _logits(self, hidden: jax.Array) -> jax.Array:
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits, (..., vocab), float32, of what `hidden` gives."""
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         return self.model.embed_tokens.attend(hidden).astype(jnp.float32)

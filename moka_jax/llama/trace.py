@@ -1,0 +1,75 @@
+"""The outputs of every module of our LLaMA, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moka_core.probe import ATTENTION, LAYER_STEPS
+from moka_jax.llama.model import Llama, RmsNorm
+from moka_jax.llama.rope import turns
+from moka_jax.sites import dotted, linear_sites, replace_module
+
+
+class _Recorder(nnx.Module):
+    """A module that shows what it reads and what comes out."""
+
+    def __init__(self, module: nnx.Module, note: Callable[[jax.Array, jax.Array], None]) -> None:
+        self.module = module
+        self.note = note
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.module(x)  # type: ignore[operator]
+        self.note(x, y)
+        return y
+
+
+def trace_llama(model: Llama, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """(name, output) of every module in the order of `moka_core.probe.ForwardProbe.trace`.
+
+    The layers of the stack run one by one, by a function that is compiled once; only one layer's outputs are held.
+
+    Args:
+        tokens: (batch, time), int.
+    """
+    positions = jnp.arange(tokens.shape[1])[None]
+    config = model.config
+    around = turns(config.rope, config.architecture.head_dim, positions, jnp.max(positions) + 1, model.dtype)
+    graphdef, stacked = nnx.split(model.model.layers.block)
+
+    @jax.jit
+    def run(state: nnx.State, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        block = nnx.merge(graphdef, state)
+        seen: dict[str, jax.Array] = {}
+        _record(block, seen)
+        y, _ = block(x, None, *around, None, None)
+        return y, seen
+
+    x = model.embed(tokens)
+    yield "model.embed_tokens", x
+    for index in range(config.architecture.num_hidden_layers):
+        x, seen = run(jax.tree.map(lambda leaf, index=index: leaf[index], stacked), x)
+        for step in LAYER_STEPS:
+            yield f"model.layers.{index}.{step}", seen[step]
+        yield f"model.layers.{index}", x
+    x = model.model.norm(x)
+    yield "model.norm", x
+    yield "lm_head", model.head(x)
+
+
+def _record(block: nnx.Module, seen: dict[str, jax.Array]) -> None:
+    """Make the linear layers and norms of a block put their outputs into `seen`, and o_proj its input too."""
+    norms: list[Any] = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, RmsNorm)]
+    for path, module in [*((site.path, site.module) for site in linear_sites(block)), *norms]:
+        name = dotted(path)
+
+        def note(x: jax.Array, y: jax.Array, name: str = name) -> None:
+            seen[name] = y
+            if name == "self_attn.o_proj":
+                seen[ATTENTION] = x
+
+        replace_module(block, path, _Recorder(module, note))
