@@ -96,9 +96,9 @@ def check_parity(
     """What an adapter computes on a base, stage by stage, in JAX and in PyTorch, or in one of them and by definition.
 
     Everything is float32 here. Each backend quantises the base for itself and loads the same adapter folder, PyTorch
-    through plain `PeftModel.from_pretrained`. Compared are the frozen tensors, packed and decoded, ΔW (each side against the float64
-    oracle), logits, next tokens, gradients, and the losses of optimiser steps. One backend is compared with a LLaMA in
-    float64 in NumPy, module by module; there are no gradients then, and the other backend need not be installed.
+    through plain `PeftModel.from_pretrained`. Compared are the frozen tensors, packed and decoded, ΔW (each side with
+    the float64 oracle), logits, next tokens, gradients, and the losses of optimiser steps. One backend is compared with
+    a LLaMA in float64 in NumPy, module by module; there are no gradients then, and the other backend need not be there.
     Where a figure exceeds its bound, `ParityReport.diagnosis` names the first module that differs, and why.
 
     Args:

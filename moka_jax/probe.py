@@ -18,7 +18,7 @@ from moka_jax.attach import import_adapter
 from moka_jax.linear import MokaLinear, MokaParam, frozen_arrays
 from moka_jax.llama.load import BaseTensors, load_llama
 from moka_jax.llama.model import Llama
-from moka_jax.llama.trace import trace_llama
+from moka_jax.llama.trace import LlamaTrace
 from moka_jax.nf4 import Nf4Linear, frozen_weight
 from moka_jax.sites import Path, Site, linear_sites
 
@@ -42,6 +42,7 @@ class JaxProbe:
         trained, frozen = self._states()
         nnx.update(self.model, jax.device_put(trained, jax.tree.leaves(frozen)[0].sharding))
         self._logits = jax.jit(lambda adapter, frozen, tokens: nnx.merge(self._graphdef, adapter, frozen)(tokens))
+        self._trace = LlamaTrace(self.model)
         self._gradients = jax.jit(jax.value_and_grad(self._loss))
         self._of_layer: dict[tuple[Path, str], Callable[[nnx.State], jax.Array]] = {}
 
@@ -64,7 +65,7 @@ class JaxProbe:
         return self._layer_value(site, index, site.module, "delta", MokaLinear.delta)
 
     def trace(self, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        for name, output in trace_llama(self.model, jnp.asarray(tokens)):
+        for name, output in self._trace(jnp.asarray(tokens)):
             yield name, np.asarray(output)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -97,8 +98,8 @@ class JaxProbe:
 
     def _states(self) -> tuple[nnx.State, nnx.State]:
         """What is trained, and what is frozen."""
-        _, trained, frozen = nnx.split(self.model, MokaParam, ...)
-        return trained, frozen
+        parts: Any = nnx.split(self.model, MokaParam, ...)
+        return parts[1], parts[2]
 
     def _loss(self, adapter: nnx.State, frozen: nnx.State, tokens: jax.Array, learned: jax.Array) -> jax.Array:
         logits = nnx.merge(self._graphdef, adapter, frozen)(tokens)[:, :-1]
@@ -107,10 +108,10 @@ class JaxProbe:
         return (losses * weights).sum() / weights.sum()
 
     @cached_property
-    def _tensors(self) -> dict[str, tuple[Site | nnx.Variable, int | None]]:
+    def _tensors(self) -> dict[str, tuple[Any, int | None]]:
         """Where every frozen tensor stands, by its name in a checkpoint, with the layer if it is one of a stack."""
         inner = self.model.model
-        found: dict[str, tuple[Site | nnx.Variable, int | None]] = {
+        found: dict[str, tuple[Any, int | None]] = {
             "model.embed_tokens.weight": (inner.embed_tokens.embedding, None),
             "model.norm.weight": (inner.norm.weight, None),
         }
@@ -118,10 +119,10 @@ class JaxProbe:
             for index in range(inner.layers.length):
                 found[f"model.layers.{index}.{norm}.weight"] = (getattr(inner.layers.block, norm).weight, index)
         for site in linear_sites(self.model):
-            for index, name in _layers(site):
-                found[f"{name}.weight"] = (site, index)
+            for layer, name in _layers(site):
+                found[f"{name}.weight"] = (site, layer)
                 if site.base.bias is not None:
-                    found[f"{name}.bias"] = (site.base.bias, index)
+                    found[f"{name}.bias"] = (site.base.bias, layer)
         return found
 
     @cached_property

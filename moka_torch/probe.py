@@ -130,8 +130,8 @@ class TorchProbe:
         grads = {}
         for path, layer in self._layers().items():
             for name, parameter in layer.tensors("default").items():
-                assert parameter.grad is not None
-                grads[f"{path}.{name}"] = parameter.grad.numpy().copy()
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                grads[f"{path}.{name}"] = gradient.numpy().copy()
         return loss.item(), grads
 
     def train(self, batches: Sequence[Batch], optimiser: AdamW) -> list[float]:

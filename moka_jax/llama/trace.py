@@ -28,37 +28,44 @@ class _Recorder(nnx.Module):
         return y
 
 
-def trace_llama(model: Llama, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-    """(name, output) of every module in the order of `moka_core.probe.ForwardProbe.trace`.
+class LlamaTrace:
+    """(name, output) of every module in the order of `moka_core.probe.ForwardProbe.trace`, when called with tokens.
 
     The layers of the stack run one by one, by a function that is compiled once; only one layer's outputs are held.
 
     Args:
-        tokens: (batch, time), int.
+        model: its numbers may change between calls, its structure may not.
     """
-    positions = jnp.arange(tokens.shape[1])[None]
-    config = model.config
-    around = turns(config.rope, config.architecture.head_dim, positions, jnp.max(positions) + 1, model.dtype)
-    graphdef, stacked = nnx.split(model.model.layers.block)
 
-    @jax.jit
-    def run(state: nnx.State, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        block = nnx.merge(graphdef, state)
-        seen: dict[str, jax.Array] = {}
-        _record(block, seen)
-        y, _ = block(x, None, *around, None, None)
-        return y, seen
+    def __init__(self, model: Llama) -> None:
+        self._model = model
+        graphdef = nnx.graphdef(model.model.layers.block)
 
-    x = model.embed(tokens)
-    yield "model.embed_tokens", x
-    for index in range(config.architecture.num_hidden_layers):
-        x, seen = run(jax.tree.map(lambda leaf, index=index: leaf[index], stacked), x)
-        for step in LAYER_STEPS:
-            yield f"model.layers.{index}.{step}", seen[step]
-        yield f"model.layers.{index}", x
-    x = model.model.norm(x)
-    yield "model.norm", x
-    yield "lm_head", model.head(x)
+        def run(state: nnx.State, x: jax.Array, around: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            block = nnx.merge(graphdef, state)
+            seen: dict[str, jax.Array] = {}
+            _record(block, seen)
+            y, _ = block(x, None, *around, None, None)
+            return y, seen
+
+        self._run = jax.jit(run)
+
+    def __call__(self, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+        """The outputs (batch, time, features) for tokens (batch, time), int."""
+        model, config = self._model, self._model.config
+        positions = jnp.arange(tokens.shape[1])[None]
+        around = turns(config.rope, config.architecture.head_dim, positions, jnp.max(positions) + 1, model.dtype)
+        stacked = nnx.state(model.model.layers.block)
+        x = model.embed(tokens)
+        yield "model.embed_tokens", x
+        for index in range(config.architecture.num_hidden_layers):
+            x, seen = self._run(jax.tree.map(lambda leaf, index=index: leaf[index], stacked), x, around)
+            for step in LAYER_STEPS:
+                yield f"model.layers.{index}.{step}", seen[step]
+            yield f"model.layers.{index}", x
+        x = model.model.norm(x)
+        yield "model.norm", x
+        yield "lm_head", model.head(x)
 
 
 def _record(block: nnx.Module, seen: dict[str, jax.Array]) -> None:

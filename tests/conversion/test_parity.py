@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+import conversion.parity
 import moka_jax.linear
 import moka_jax.mixture
 import moka_jax.nf4
-from conversion import open_base, save_adapter
-from conversion.parity import ParityReport, check_parity, compare, token_batches
-from moka_core import Adapter, AdapterError, ConfigError, MokaConfig
+import moka_torch.probe
+from conversion import load_adapter, open_base, save_adapter
+from conversion.oracle_probe import OracleProbe
+from conversion.parity import ParityReport, check_parity, compare, compare_with_oracle, token_batches
+from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, ModelError, MokaConfig
 from moka_core.probe import AdamW
 from moka_jax.probe import JaxProbe
 from moka_torch.probe import TorchProbe
 from tests.tiny import random_adapter, save_tiny_llama
 
+ROOT = Path(__file__).parents[2]
 CONFIG = MokaConfig(r=5, num_shapes=3, scale=0.5, target_modules=("q_proj", "v_proj", "down_proj"))
 
 
@@ -45,6 +56,33 @@ def reference(base, folder) -> TorchProbe:
     return TorchProbe(base, folder)
 
 
+@pytest.fixture(scope="module")
+def jax_side(base, adapter) -> JaxProbe:
+    """JAX's side, whose functions are compiled once for all tests that plant no fault in them."""
+    return JaxProbe(open_base(base), adapter)
+
+
+@pytest.fixture(scope="module")
+def truth(base, adapter) -> OracleProbe:
+    return OracleProbe(open_base(base), adapter)
+
+
+@pytest.fixture(scope="module")
+def batches(base):
+    return token_batches(base, 256, count=10, batch_size=2, length=32, seed=0)
+
+
+class Changed:
+    """A probe with some of its methods replaced."""
+
+    def __init__(self, probe, **methods) -> None:
+        self._probe = probe
+        vars(self).update(methods)
+
+    def __getattr__(self, name):
+        return getattr(self._probe, name)
+
+
 def figures(report: ParityReport) -> dict[str, float]:
     return {row.name.split(" (")[0]: row.figure for row in report.rows}
 
@@ -55,14 +93,18 @@ def failures(report: ParityReport) -> set[str]:
 
 @pytest.mark.parametrize("quantise", ["nf4-double", "nf4", "none"])
 def test_both_backends_agree_on_every_stage(base, folder, quantise):
-    report = check_parity(folder, base, quantise=quantise, steps=50, batch_size=2, length=32)
+    steps = 50 if quantise == "nf4-double" else 5
+    report = check_parity(folder, base, quantise=quantise, train=steps, batch_size=2, length=32)
     assert report.passed, figures(report)
     seen = figures(report)
     if quantise != "none":
         assert {seen[name] for name in ("NF4 codes", "NF4 scales", "decoded weights")} == {0}
     # measured over 5 seeds: ΔW 1.3e-7, logits 8.4e-7, gradients 6.5e-6, 50 losses 1.5e-6
-    assert len(report.losses["jax"]) == len(report.losses["torch"]) == 50
-    assert abs(report.losses["torch"][0] - report.losses["torch"][-1]) > 0.1, "the adapter must move for this to count"
+    assert len(report.losses["jax"]) == len(report.losses["torch"]) == steps
+    moved = abs(report.losses["torch"][0] - report.losses["torch"][-1])
+    assert moved > 0.002 * steps, "the adapter must move for this to count"
+    assert report.diagnosis is None
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
 
 
 def use_blocks(monkeypatch, rearrange: Callable[[jax.Array], jax.Array]) -> None:
@@ -122,99 +164,252 @@ def low_nibble_first(monkeypatch):
     monkeypatch.setattr(moka_jax.nf4, "decoded_weight", wrong)
 
 
-MIXTURE_STAGES = {"ΔW, JAX, against float64", "logits", "gradients"}
+STAGES = {"logits", "next tokens"}
+CONVENTIONS = [
+    (b_kron_a, "ΔW, JAX, against float64", "the order of the Kronecker product: B ⊗ A in place of A ⊗ B"),
+    (column_major_reshape, "ΔW, JAX, against float64", "the order of the input: x is read column by column"),
+    (missing_gate, "ΔW, JAX, against float64", "the gates: every term counts 1/5 = 0.2, as without a gate"),
+    (missing_scale, "ΔW, JAX, against float64", "the scale: ΔW is 2 times what it should be"),
+    (low_nibble_first, "decoded weights", "nibble order: codes and scales are equal, but the low half"),
+]
 
 
-@pytest.mark.parametrize(
-    ("convention", "caught_by"),
-    [
-        (b_kron_a, MIXTURE_STAGES),
-        (column_major_reshape, MIXTURE_STAGES),
-        (missing_gate, MIXTURE_STAGES),
-        (missing_scale, MIXTURE_STAGES),
-        (low_nibble_first, {"decoded weights", "logits", "gradients"}),
-    ],
-)
-def test_a_wrong_convention_fails_the_check(monkeypatch, base, adapter, reference, convention, caught_by):
+@pytest.mark.parametrize(("convention", "caught_by", "cause"), CONVENTIONS)
+def test_a_wrong_convention_fails_the_check_of_one_backend(
+    monkeypatch, base, adapter, truth, batches, convention, caught_by, cause
+):
     convention(monkeypatch)
-    batches = token_batches(base, 256, count=1, batch_size=2, length=32, seed=0)
-    report = compare(JaxProbe(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
+    report = compare_with_oracle(JaxProbe(open_base(base), adapter), truth, batches[0].tokens)
     assert not report.passed
-    assert caught_by <= failures(report), figures(report)
+    assert {caught_by, "outputs of 25 modules", *STAGES} <= failures(report), figures(report)
+    assert report.diagnosis.module == "model.layers.0.self_attn.q_proj"
+    assert report.diagnosis.cause.startswith(cause), report.diagnosis
+    assert "in JAX; " in report.diagnosis.cause
+    assert ": all " in report.diagnosis.cause
+
+
+def test_a_wrong_convention_fails_the_check_of_both_backends(monkeypatch, base, adapter, reference, truth, batches):
+    convention, caught_by, cause = CONVENTIONS[0]
+    convention(monkeypatch)
+    report = compare(JaxProbe(open_base(base), adapter), reference, truth, batches, optimiser=AdamW(), train=10)
+    assert {caught_by, "gradients", *STAGES} <= failures(report), figures(report)
     assert "ΔW, PyTorch, against float64" not in failures(report), "the reference itself must stay right"
+    assert report.diagnosis.module == "model.layers.0.self_attn.q_proj"
+    assert report.diagnosis.cause.startswith(f"{cause}, in JAX; adapted layers: all 6 of them differ")
+    assert report.losses == {}
+    assert "10 optimiser steps: not compared, as what comes before them differs" in report.notes
 
 
-def test_the_same_comparison_passes_without_the_fault(base, adapter, reference):
-    batches = token_batches(base, 256, count=1, batch_size=2, length=32, seed=0)
-    report = compare(JaxProbe(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
+def test_the_same_comparison_passes_without_the_fault(jax_side, reference, truth, batches):
+    report = compare(jax_side, reference, truth, batches, optimiser=AdamW(), train=0, trace=True)
     assert report.passed, figures(report)
+    assert report.diagnosis is None
+    assert [name for name, _ in report.modules][:2] == ["model.embed_tokens", "model.layers.0.input_layernorm"]
+    assert report.modules[-1][0] == "lm_head"
 
 
-def test_losses_that_part_fail_the_check(base, adapter, folder):
+def test_losses_that_part_fail_the_check(jax_side, base, folder, truth, batches):
     """The training stage alone can fail: another learning rate on one side."""
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(jax_side.model))
 
-    class Faster(JaxProbe):
-        def train(self, batches, optimiser):
-            return super().train(batches, dataclasses.replace(optimiser, learning_rate=1.1 * optimiser.learning_rate))
+    def faster(batches, optimiser):
+        return jax_side.train(batches, dataclasses.replace(optimiser, learning_rate=1.1 * optimiser.learning_rate))
 
-    batches = token_batches(base, 256, count=10, batch_size=2, length=32, seed=0)
-    report = compare(
-        Faster(open_base(base), adapter), TorchProbe(base, folder), adapter, batches, optimiser=AdamW(), steps=10
-    )
+    other = TorchProbe(base, folder)  # it is trained
+    report = compare(Changed(jax_side, train=faster), other, truth, batches, optimiser=AdamW(), train=10)
+    nnx.update(jax_side.model, before)
     assert failures(report) == {"losses of 10 optimiser steps"}
+    assert report.diagnosis.module == "step 1"
+    assert report.diagnosis.cause.startswith("the optimiser: ")
 
 
-def test_a_figure_that_is_not_a_number_does_not_pass(base, adapter, reference):
-    class Broken(JaxProbe):
-        def logits(self, tokens):
-            return np.full_like(super().logits(tokens), np.nan)
+def test_a_figure_that_is_not_a_number_does_not_pass(jax_side, reference, truth, batches):
+    def logits(tokens):
+        return np.full_like(jax_side.logits(tokens), np.nan)
 
-    batches = token_batches(base, 256, count=1, batch_size=2, length=32, seed=0)
-    report = compare(Broken(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
+    report = compare(Changed(jax_side, logits=logits), reference, truth, batches, optimiser=AdamW(), train=0)
     assert "logits" in failures(report)
+    assert report.diagnosis.cause.startswith("JAX's logits are not what its modules give one by one")
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["diagnosis"]["figure"] is None
 
 
-@pytest.mark.parametrize("stage", ["deltas", "gradients"])
-def test_a_nan_in_the_first_of_several_arrays_does_not_pass(base, adapter, reference, stage):
+@pytest.mark.parametrize("stage", ["delta", "gradients"])
+def test_a_nan_in_the_first_of_several_arrays_does_not_pass(jax_side, reference, truth, batches, stage):
     """The worst figure must not be overwritten by the finite ones that come after it."""
+    first = jax_side.adapted()[0]
 
-    class Broken(JaxProbe):
-        def deltas(self):
-            for index, (path, delta) in enumerate(super().deltas()):
-                yield path, delta * np.nan if stage == "deltas" and index == 0 else delta
+    def delta(path):
+        return jax_side.delta(path) * (np.nan if path == first else 1)
 
-        def gradients(self, batch):
-            loss, grads = super().gradients(batch)
-            first = next(iter(grads))
-            return loss, {**grads, first: grads[first] * np.nan} if stage == "gradients" else grads
+    def gradients(batch):
+        loss, grads = jax_side.gradients(batch)
+        name = next(iter(grads))
+        return loss, {**grads, name: grads[name] * np.nan}
 
-    batches = token_batches(base, 256, count=1, batch_size=2, length=32, seed=0)
-    report = compare(Broken(open_base(base), adapter), reference, adapter, batches, optimiser=AdamW(), steps=0)
-    assert failures(report) == {"ΔW, JAX, against float64" if stage == "deltas" else "gradients"}
+    broken = Changed(jax_side, **{stage: {"delta": delta, "gradients": gradients}[stage]})
+    report = compare(broken, reference, truth, batches, optimiser=AdamW(), train=0)
+    assert failures(report) == {"ΔW, JAX, against float64" if stage == "delta" else "gradients"}
+    if stage == "delta":
+        assert report.diagnosis.module == first
+        assert report.diagnosis.cause.startswith("ΔW has NaN or infinite entries, in JAX; adapted layers: this one")
+    else:
+        assert report.diagnosis.cause == "the backward pass: every module's output agrees"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_that_bitsandbytes_packed_before_is_compared_in_float32(base, tmp_path, dtype):
+def save_packed(base, folder, dtype: str):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), quantization_config=nf4)
-    model.save_pretrained(tmp_path / "packed")
-    packed = open_base(tmp_path / "packed")
-    save_adapter(random_adapter(packed, CONFIG), tmp_path / "adapter")
-    report = check_parity(tmp_path / "adapter", tmp_path / "packed", steps=2, length=32)
-    assert report.passed, figures(report)
-    assert figures(report)["decoded weights"] == 0
+    model.save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"batch_size": 0}, {"length": 1}])
+@pytest.mark.parametrize(("dtype", "backends"), [("float32", ["both"]), ("bfloat16", ["jax", "torch"])])
+def test_a_base_that_bitsandbytes_packed_before_is_compared_in_float32(base, tmp_path, dtype, backends):
+    packed = save_packed(base, tmp_path / "packed", dtype)
+    save_adapter(random_adapter(open_base(packed), CONFIG), tmp_path / "adapter")
+    for backend in backends:
+        report = check_parity(tmp_path / "adapter", packed, backend=backend, train=0, length=32)
+        assert report.passed, figures(report)
+        assert figures(report)["decoded weights"] == 0
+
+
+def in_bfloat16(adapter: Adapter) -> Adapter:
+    layers = {
+        path: LayerFactors.from_tensors(
+            layer.plan,
+            adapter.config,
+            {name: array.astype(ml_dtypes.bfloat16) for name, array in layer.tensors()},
+        )
+        for path, layer in adapter.layers.items()
+    }
+    return dataclasses.replace(adapter, layers=layers)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "quantise"),
+    [
+        (
+            {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+            {"r": 4, "identity": "a", "block_entries": 512, "target_modules": ("q_proj", "up_proj")},
+            "none",
+        ),
+        (
+            {"rope_parameters": LINEAR, "head_dim": 16, "num_key_value_heads": 1},
+            {"r": 4, "num_shapes": 2, "gate": "uniform", "scaling": "stable", "target_modules": ("k_proj", "o_proj")},
+            "nf4",
+        ),
+    ],
+    ids=["llama3 rope, biases, untied, MoKA_s, bfloat16 adapter, dense", "linear rope, ungated, one kv head, nf4"],
+)
+def test_one_backend_agrees_with_float64_on_other_models_and_adapters(tmp_path, fields, settings, quantise):
+    folder = save_tiny_llama(tmp_path / "base", **fields)
+    if fields.get("attention_bias"):
+        give_biases(folder)
+    adapter = random_adapter(open_base(folder), MokaConfig(**settings))
+    save_adapter(in_bfloat16(adapter) if quantise == "none" else adapter, tmp_path / "adapter")
+    for backend in ("jax", "torch"):
+        report = check_parity(tmp_path / "adapter", folder, backend=backend, quantise=quantise, batch_size=2, length=48)
+        assert report.passed, (figures(report), report.diagnosis)
+        assert report.diagnosis is None
+        assert report.sides == ({"jax": "JAX", "torch": "PyTorch"}[backend], "float64")
+        assert report.notes == (
+            "gradients and optimiser steps: not compared with one backend, as the float64 side has none",
+        )
+        assert not any("gradients" in row.name for row in report.rows)
+
+
+def give_biases(folder) -> None:
+    """Replace the zeros that transformers starts biases with."""
+    file = folder / "model.safetensors"
+    rng = np.random.default_rng(0)
+    tensors = load_file(file)
+    for name, array in tensors.items():
+        if name.endswith(".bias"):
+            tensors[name] = rng.normal(size=array.shape).astype(array.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("backend", "absent"), [("jax", "torch"), ("torch", "jax")])
+def test_one_backend_needs_only_its_own_packages(base, folder, backend, absent):
+    script = (
+        f"import sys; sys.modules[{absent!r}] = None; from conversion.parity import check_parity; "
+        f"report = check_parity({str(folder)!r}, {str(base)!r}, backend={backend!r}, quick=True); "
+        f"assert report.passed, report.rows"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_backend_that_is_not_installed_is_named_with_the_way_out(monkeypatch, base, folder):
+    monkeypatch.setitem(sys.modules, "moka_torch.probe", None)
+    with pytest.raises(
+        ConfigError, match=r"PyTorch's side needs the package .*; install moka\[torch\], or compare the "
+    ):
+        check_parity(folder, base, backend="torch", quick=True)
+
+
+def test_the_base_is_held_as_the_adapter_was_trained_unless_asked_otherwise(monkeypatch, base, folder):
+    trained = dataclasses.replace(load_adapter(folder), base_quantisation="none")
+    monkeypatch.setattr(conversion.parity, "load_adapter", lambda folder: trained)
+    report = check_parity(folder, base, backend="torch", quick=True)
+    assert report.passed
+    assert "NF4 codes" not in figures(report)
+    report = check_parity(folder, base, backend="torch", quick=True, quantise="nf4")
+    assert report.passed
+    assert "NF4 codes" in figures(report)
+    assert "the adapter was trained on a base held as none; here it is nf4" in report.notes
+
+
+@pytest.mark.parametrize("options", [{"train": -1}, {"batch_size": 0}, {"length": 1}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(base, folder, options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected at least"):
         check_parity(folder, base, **options)
 
 
-def test_an_adapter_for_another_base_is_refused_before_anything_is_compared(folder, tmp_path):
+def test_settings_that_cannot_be_compared_are_refused(base, folder, tmp_path):
+    with pytest.raises(ConfigError, match="backend: expected both, jax or torch; got 'tpu'"):
+        check_parity(folder, base, backend="tpu")
+    with pytest.raises(ConfigError, match="train: expected 0 with one backend"):
+        check_parity(folder, base, backend="jax", train=5)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    other = save_tiny_llama(tmp_path / "yarn", rope_parameters=yarn)
+    with pytest.raises(ModelError, match=r"does not know this model's rope type; compare both .* \(--backend both\)"):
+        check_parity(folder, other, backend="torch", allow_other_base=True)
+
+
+def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed(folder, tmp_path):
     other = save_tiny_llama(tmp_path / "other", seed=1)
     with pytest.raises(AdapterError, match="trained on another base model"):
-        check_parity(folder, other, steps=0)
+        check_parity(folder, other, train=0)
+    assert check_parity(folder, other, backend="jax", quick=True, allow_other_base=True).passed
+
+
+def test_peft_hears_of_another_base_only_where_it_is_allowed(monkeypatch, base, folder):
+    given = []
+
+    class Told(Exception):
+        pass
+
+    def from_pretrained(model, path, **options):
+        given.append(options)
+        raise Told
+
+    monkeypatch.setattr(moka_torch.probe.PeftModel, "from_pretrained", from_pretrained)
+    for allowed in (False, True):
+        with pytest.raises(Told):
+            TorchProbe(base, folder, allow_other_base=allowed)
+    assert given == [{"is_trainable": True}, {"is_trainable": True, "allow_other_base": True}]

@@ -59,7 +59,7 @@ def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
     assert adapter.base_fingerprint == open_base(base).fingerprint
     assert all((array != 0).any() for layer in adapter.layers.values() for _, array in layer.tensors())
 
-    assert call("parity", run / "adapter", "--base", base, "--steps", 3, "--json", run / "parity.json") == 0
+    assert call("parity", run / "adapter", "--base", base, "--train", 3, "--json", run / "parity.json") == 0
     assert "both backends agree" in capsys.readouterr().out
     assert json.loads((run / "parity.json").read_text())["passed"] is True
 
@@ -130,14 +130,38 @@ def test_params_reads_a_model_folder_and_takes_settings(base, capsys):
     assert "trainable parameters" in capsys.readouterr().out
 
 
-def test_parity_exits_with_1_and_names_the_stage_when_a_figure_exceeds_its_bound(base, tmp_path, capsys, monkeypatch):
-    import conversion.parity
+def test_parity_exits_with_3_and_names_the_first_difference(base, tmp_path, capsys, monkeypatch):
+    import torch
+
+    import moka_torch.probe
 
     config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj",))
     save_adapter(random_adapter(open_base(base), config), tmp_path / "adapter")
-    monkeypatch.setattr(conversion.parity, "LOGITS_BOUND", 0.0)
-    assert call("parity", tmp_path / "adapter", "--base", base, "--steps", 0) == 1
-    assert "the backends disagree: logits" in capsys.readouterr().out
+    right = moka_torch.probe.load_base
+
+    def wrong(folder, **options):
+        model = right(folder, **options)
+        with torch.no_grad():
+            model.model.layers[1].post_attention_layernorm.weight[3] += 0.5
+        return model
+
+    arguments = ("parity", tmp_path / "adapter", "--base", base, "--backend", "torch", "--quick")
+    assert call(*arguments, "--json", tmp_path / "right.json", "--trace") == 0
+    printed = capsys.readouterr().out
+    assert "PyTorch and float64 agree" in printed
+    assert "gradients and optimiser steps: not compared with one backend" in printed
+    assert "model.layers.1.mlp.down_proj" in printed
+    monkeypatch.setattr(moka_torch.probe, "load_base", wrong)
+    assert call(*arguments, "--json", tmp_path / "wrong.json") == 3
+    printed = capsys.readouterr().out
+    assert "PyTorch and float64 disagree: dense tensors" in printed
+    assert "first difference: model.layers.1.post_attention_layernorm, " in printed
+    assert "likely cause: the weight: 1 of 128 entries differ" in printed
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("right", "wrong")]
+    assert [report["passed"] for report in reports] == [True, False]
+    assert reports[0]["diagnosis"] is None
+    assert reports[1]["diagnosis"]["module"] == "model.layers.1.post_attention_layernorm"
+    assert reports[1]["modules"]["model.layers.0"] < 2e-5 < reports[1]["modules"]["model.layers.1"]
 
 
 def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
