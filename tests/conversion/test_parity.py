@@ -23,53 +23,14 @@ import moka_jax.mixture
 import moka_jax.nf4
 import moka_torch.probe
 from conversion import load_adapter, open_base, save_adapter
-from conversion.oracle_probe import OracleProbe
-from conversion.parity import ParityReport, check_parity, compare, compare_with_oracle, token_batches
+from conversion.parity import ParityReport, check_parity, compare_with_oracle
 from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, ModelError, MokaConfig
-from moka_core.probe import AdamW
 from moka_jax.probe import JaxProbe
 from moka_torch.probe import TorchProbe
+from tests.conversion.conftest import PARITY_ADAPTER, ROPE
 from tests.tiny import random_adapter, save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
-CONFIG = MokaConfig(r=5, num_shapes=3, scale=0.5, target_modules=("q_proj", "v_proj", "down_proj"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("parity") / "base")
-
-
-@pytest.fixture(scope="module")
-def adapter(base) -> Adapter:
-    return random_adapter(open_base(base), CONFIG)
-
-
-@pytest.fixture(scope="module")
-def folder(adapter, tmp_path_factory):
-    return save_adapter(adapter, tmp_path_factory.mktemp("parity") / "adapter")
-
-
-@pytest.fixture(scope="module")
-def reference(base, folder) -> TorchProbe:
-    """PyTorch's side, never trained, so that every test compares with the same numbers."""
-    return TorchProbe(base, folder)
-
-
-@pytest.fixture(scope="module")
-def jax_side(base, adapter) -> JaxProbe:
-    """JAX's side, whose functions are compiled once for all tests that plant no fault in them."""
-    return JaxProbe(open_base(base), adapter)
-
-
-@pytest.fixture(scope="module")
-def truth(base, adapter) -> OracleProbe:
-    return OracleProbe(open_base(base), adapter)
-
-
-@pytest.fixture(scope="module")
-def batches(base):
-    return token_batches(base, 256, count=10, batch_size=2, length=32, seed=0)
 
 
 class Changed:
@@ -91,10 +52,9 @@ def failures(report: ParityReport) -> set[str]:
     return {row.name.split(" (")[0] for row in report.rows if not row.passed}
 
 
-@pytest.mark.parametrize("quantise", ["nf4-double", "nf4", "none"])
-def test_both_backends_agree_on_every_stage(base, folder, quantise):
-    steps = 50 if quantise == "nf4-double" else 5
-    report = check_parity(folder, base, quantise=quantise, train=steps, batch_size=2, length=32)
+@pytest.mark.parametrize(("quantise", "steps"), [("nf4-double", 50), ("none", 5)])
+def test_both_backends_agree_on_every_stage(sides, quantise, steps):
+    report = check_parity(sides.folder, sides.base, quantise=quantise, train=steps, batch_size=2, length=32)
     assert report.passed, figures(report)
     seen = figures(report)
     if quantise != "none":
@@ -102,7 +62,7 @@ def test_both_backends_agree_on_every_stage(base, folder, quantise):
     # measured over 5 seeds: ΔW 1.3e-7, logits 8.4e-7, gradients 6.5e-6, 50 losses 1.5e-6
     assert len(report.losses["jax"]) == len(report.losses["torch"]) == steps
     moved = abs(report.losses["torch"][0] - report.losses["torch"][-1])
-    assert moved > 0.002 * steps, "the adapter must move for this to count"
+    assert moved > (0.1 if steps == 50 else 0.002), "the adapter must move for this to count"
     assert report.diagnosis is None
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
 
@@ -168,86 +128,76 @@ STAGES = {"logits", "next tokens"}
 CONVENTIONS = [
     (b_kron_a, "ΔW, JAX, against float64", "the order of the Kronecker product: B ⊗ A in place of A ⊗ B"),
     (column_major_reshape, "ΔW, JAX, against float64", "the order of the input: x is read column by column"),
-    (missing_gate, "ΔW, JAX, against float64", "the gates: every term counts 1/5 = 0.2, as without a gate"),
+    (missing_gate, "ΔW, JAX, against float64", "the gates: every term counts 1/6 = 0.1667, as without a gate"),
     (missing_scale, "ΔW, JAX, against float64", "the scale: ΔW is 2 times what it should be"),
     (low_nibble_first, "decoded weights", "nibble order: codes and scales are equal, but the low half"),
 ]
 
 
 @pytest.mark.parametrize(("convention", "caught_by", "cause"), CONVENTIONS)
-def test_a_wrong_convention_fails_the_check_of_one_backend(
-    monkeypatch, base, adapter, truth, batches, convention, caught_by, cause
-):
+def test_a_wrong_convention_fails_the_check_of_one_backend(monkeypatch, sides, convention, caught_by, cause):
     convention(monkeypatch)
-    report = compare_with_oracle(JaxProbe(open_base(base), adapter), truth, batches[0].tokens)
+    report = compare_with_oracle(JaxProbe(open_base(sides.base), sides.adapter), sides.truth, sides.batches[0].tokens)
     assert not report.passed
-    assert {caught_by, "outputs of 25 modules", *STAGES} <= failures(report), figures(report)
+    assert {caught_by, "outputs of 36 modules", *STAGES} <= failures(report), figures(report)
     assert report.diagnosis.module == "model.layers.0.self_attn.q_proj"
     assert report.diagnosis.cause.startswith(cause), report.diagnosis
     assert "in JAX; " in report.diagnosis.cause
     assert ": all " in report.diagnosis.cause
 
 
-def test_a_wrong_convention_fails_the_check_of_both_backends(monkeypatch, base, adapter, reference, truth, batches):
+def test_a_wrong_convention_fails_the_check_of_both_backends(monkeypatch, sides):
     convention, caught_by, cause = CONVENTIONS[0]
     convention(monkeypatch)
-    report = compare(JaxProbe(open_base(base), adapter), reference, truth, batches, optimiser=AdamW(), train=10)
+    report = sides.both(jax=JaxProbe(open_base(sides.base), sides.adapter), train=10)
     assert {caught_by, "gradients", *STAGES} <= failures(report), figures(report)
     assert "ΔW, PyTorch, against float64" not in failures(report), "the reference itself must stay right"
     assert report.diagnosis.module == "model.layers.0.self_attn.q_proj"
-    assert report.diagnosis.cause.startswith(f"{cause}, in JAX; adapted layers: all 6 of them differ")
+    assert report.diagnosis.cause.startswith(f"{cause}, in JAX; adapted layers: all 9 of them differ")
     assert report.losses == {}
     assert "10 optimiser steps: not compared, as what comes before them differs" in report.notes
 
 
-def test_the_same_comparison_passes_without_the_fault(jax_side, reference, truth, batches):
-    report = compare(jax_side, reference, truth, batches, optimiser=AdamW(), train=0, trace=True)
-    assert report.passed, figures(report)
-    assert report.diagnosis is None
-    assert [name for name, _ in report.modules][:2] == ["model.embed_tokens", "model.layers.0.input_layernorm"]
-    assert report.modules[-1][0] == "lm_head"
-
-
-def test_losses_that_part_fail_the_check(jax_side, base, folder, truth, batches):
+def test_losses_that_part_fail_the_check(sides):
     """The training stage alone can fail: another learning rate on one side."""
-    before = jax.tree.map(lambda leaf: leaf, nnx.state(jax_side.model))
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(sides.jax.model))
 
     def faster(batches, optimiser):
-        return jax_side.train(batches, dataclasses.replace(optimiser, learning_rate=1.1 * optimiser.learning_rate))
+        return sides.jax.train(batches, dataclasses.replace(optimiser, learning_rate=1.1 * optimiser.learning_rate))
 
-    other = TorchProbe(base, folder)  # it is trained
-    report = compare(Changed(jax_side, train=faster), other, truth, batches, optimiser=AdamW(), train=10)
-    nnx.update(jax_side.model, before)
+    other = TorchProbe(sides.base, sides.folder)  # it is trained
+    report = sides.both(jax=Changed(sides.jax, train=faster), torch=other, train=10)
+    nnx.update(sides.jax.model, before)
     assert failures(report) == {"losses of 10 optimiser steps"}
-    assert report.diagnosis.module == "step 1"
+    gaps = np.abs(np.subtract(report.losses["jax"], report.losses["torch"]))
+    assert report.diagnosis.module == f"step {np.flatnonzero(gaps > 1e-4)[0]}"
     assert report.diagnosis.cause.startswith("the optimiser: ")
 
 
-def test_a_figure_that_is_not_a_number_does_not_pass(jax_side, reference, truth, batches):
+def test_a_figure_that_is_not_a_number_does_not_pass(sides):
     def logits(tokens):
-        return np.full_like(jax_side.logits(tokens), np.nan)
+        return np.full_like(sides.jax.logits(tokens), np.nan)
 
-    report = compare(Changed(jax_side, logits=logits), reference, truth, batches, optimiser=AdamW(), train=0)
+    report = sides.both(jax=Changed(sides.jax, logits=logits))
     assert "logits" in failures(report)
     assert report.diagnosis.cause.startswith("JAX's logits are not what its modules give one by one")
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["diagnosis"]["figure"] is None
 
 
 @pytest.mark.parametrize("stage", ["delta", "gradients"])
-def test_a_nan_in_the_first_of_several_arrays_does_not_pass(jax_side, reference, truth, batches, stage):
+def test_a_nan_in_the_first_of_several_arrays_does_not_pass(sides, stage):
     """The worst figure must not be overwritten by the finite ones that come after it."""
-    first = jax_side.adapted()[0]
+    first = next(iter(sides.adapter.layers))
 
     def delta(path):
-        return jax_side.delta(path) * (np.nan if path == first else 1)
+        return sides.jax.delta(path) * (np.nan if path == first else 1)
 
     def gradients(batch):
-        loss, grads = jax_side.gradients(batch)
+        loss, grads = sides.jax.gradients(batch)
         name = next(iter(grads))
         return loss, {**grads, name: grads[name] * np.nan}
 
-    broken = Changed(jax_side, **{stage: {"delta": delta, "gradients": gradients}[stage]})
-    report = compare(broken, reference, truth, batches, optimiser=AdamW(), train=0)
+    report = sides.both(jax=Changed(sides.jax, **{stage: {"delta": delta, "gradients": gradients}[stage]}))
     assert failures(report) == {"ΔW, JAX, against float64" if stage == "delta" else "gradients"}
     if stage == "delta":
         assert report.diagnosis.module == first
@@ -267,9 +217,9 @@ def save_packed(base, folder, dtype: str):
 
 
 @pytest.mark.parametrize(("dtype", "backends"), [("float32", ["both"]), ("bfloat16", ["jax", "torch"])])
-def test_a_base_that_bitsandbytes_packed_before_is_compared_in_float32(base, tmp_path, dtype, backends):
-    packed = save_packed(base, tmp_path / "packed", dtype)
-    save_adapter(random_adapter(open_base(packed), CONFIG), tmp_path / "adapter")
+def test_a_base_that_bitsandbytes_packed_before_is_compared_in_float32(sides, tmp_path, dtype, backends):
+    packed = save_packed(sides.base, tmp_path / "packed", dtype)
+    save_adapter(random_adapter(open_base(packed), PARITY_ADAPTER), tmp_path / "adapter")
     for backend in backends:
         report = check_parity(tmp_path / "adapter", packed, backend=backend, train=0, length=32)
         assert report.passed, figures(report)
@@ -343,62 +293,66 @@ def give_biases(folder) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("backend", "absent"), [("jax", "torch"), ("torch", "jax")])
-def test_one_backend_needs_only_its_own_packages(base, folder, backend, absent):
+@pytest.mark.parametrize(
+    ("backend", "absent"), [("torch", "jax"), pytest.param("jax", "torch", marks=pytest.mark.slow)]
+)
+def test_one_backend_needs_only_its_own_packages(sides, backend, absent):
     script = (
         f"import sys; sys.modules[{absent!r}] = None; from conversion.parity import check_parity; "
-        f"report = check_parity({str(folder)!r}, {str(base)!r}, backend={backend!r}, quick=True); "
+        f"report = check_parity({str(sides.folder)!r}, {str(sides.base)!r}, backend={backend!r}, quick=True); "
         f"assert report.passed, report.rows"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_backend_that_is_not_installed_is_named_with_the_way_out(monkeypatch, base, folder):
+def test_a_backend_that_is_not_installed_is_named_with_the_way_out(monkeypatch, sides):
     monkeypatch.setitem(sys.modules, "moka_torch.probe", None)
     with pytest.raises(
         ConfigError, match=r"PyTorch's side needs the package .*; install moka\[torch\], or compare the "
     ):
-        check_parity(folder, base, backend="torch", quick=True)
+        check_parity(sides.folder, sides.base, backend="torch", quick=True)
 
 
-def test_the_base_is_held_as_the_adapter_was_trained_unless_asked_otherwise(monkeypatch, base, folder):
-    trained = dataclasses.replace(load_adapter(folder), base_quantisation="none")
+def test_the_base_is_held_as_the_adapter_was_trained_unless_asked_otherwise(monkeypatch, sides):
+    trained = dataclasses.replace(load_adapter(sides.folder), base_quantisation="none")
     monkeypatch.setattr(conversion.parity, "load_adapter", lambda folder: trained)
-    report = check_parity(folder, base, backend="torch", quick=True)
+    report = check_parity(sides.folder, sides.base, backend="torch", quick=True)
     assert report.passed
     assert "NF4 codes" not in figures(report)
-    report = check_parity(folder, base, backend="torch", quick=True, quantise="nf4")
+    report = check_parity(sides.folder, sides.base, backend="torch", quick=True, quantise="nf4")
     assert report.passed
     assert "NF4 codes" in figures(report)
     assert "the adapter was trained on a base held as none; here it is nf4" in report.notes
 
 
 @pytest.mark.parametrize("options", [{"train": -1}, {"batch_size": 0}, {"length": 1}, {"seed": -1}])
-def test_numbers_out_of_range_are_refused(base, folder, options):
+def test_numbers_out_of_range_are_refused(sides, options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected at least"):
-        check_parity(folder, base, **options)
+        check_parity(sides.folder, sides.base, **options)
 
 
-def test_settings_that_cannot_be_compared_are_refused(base, folder, tmp_path):
+def test_settings_that_cannot_be_compared_are_refused(sides, tmp_path):
     with pytest.raises(ConfigError, match="backend: expected both, jax or torch; got 'tpu'"):
-        check_parity(folder, base, backend="tpu")
+        check_parity(sides.folder, sides.base, backend="tpu")
     with pytest.raises(ConfigError, match="train: expected 0 with one backend"):
-        check_parity(folder, base, backend="jax", train=5)
+        check_parity(sides.folder, sides.base, backend="jax", train=5)
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     other = save_tiny_llama(tmp_path / "yarn", rope_parameters=yarn)
     with pytest.raises(ModelError, match=r"does not know this model's rope type; compare both .* \(--backend both\)"):
-        check_parity(folder, other, backend="torch", allow_other_base=True)
+        check_parity(sides.folder, other, backend="torch", allow_other_base=True)
 
 
-def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed(folder, tmp_path):
-    other = save_tiny_llama(tmp_path / "other", seed=1)
+def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed(sides, tmp_path):
+    other = save_tiny_llama(
+        tmp_path / "other", seed=1, num_hidden_layers=3, tie_word_embeddings=False, rope_parameters=ROPE
+    )
     with pytest.raises(AdapterError, match="trained on another base model"):
-        check_parity(folder, other, train=0)
-    assert check_parity(folder, other, backend="jax", quick=True, allow_other_base=True).passed
+        check_parity(sides.folder, other, train=0)
+    assert check_parity(sides.folder, other, backend="jax", batch_size=2, length=32, allow_other_base=True).passed
 
 
-def test_peft_hears_of_another_base_only_where_it_is_allowed(monkeypatch, base, folder):
+def test_peft_hears_of_another_base_only_where_it_is_allowed(monkeypatch, sides):
     given = []
 
     class Told(Exception):
@@ -411,5 +365,5 @@ def test_peft_hears_of_another_base_only_where_it_is_allowed(monkeypatch, base, 
     monkeypatch.setattr(moka_torch.probe.PeftModel, "from_pretrained", from_pretrained)
     for allowed in (False, True):
         with pytest.raises(Told):
-            TorchProbe(base, folder, allow_other_base=allowed)
+            TorchProbe(sides.base, sides.folder, allow_other_base=allowed)
     assert given == [{"is_trainable": True}, {"is_trainable": True, "allow_other_base": True}]
