@@ -11,7 +11,7 @@ from conversion import causes
 from conversion.causes import relative
 from conversion.oracle_probe import OracleProbe
 from moka_core.oracle_llama import attend, project, rms_norm, silu
-from moka_core.probe import ATTENTION, ForwardProbe
+from moka_core.probe import ATTENTION, LAYER_STEPS, ForwardProbe
 
 # Measured on healthy models: 4.3e-6, the worst of all modules of SmolLM2-135M; see docs/parity.md.
 MODULE_BOUND = 2e-5
@@ -309,14 +309,13 @@ def _first_stored(sides: _Sides) -> Diagnosis | None:
         path for errors in found.deltas.values() for path, error in errors.items() if not error <= causes.DELTA_TELL
     }
     tensors = {name.rpartition(".")[0] for name in (*found.frozen, *found.alone)}
-    order = [name.rpartition(".")[0] for name in sides.truth.frozen() if name.endswith(".weight")]
-    modules = sorted(tensors | wrong, key=lambda module: (_layer_number(module), order.index(module)))
+    modules = sorted(tensors | wrong, key=_place)
     if not modules:
         return None
     module = modules[0]
     if module in tensors:
         counts = [sum(parts.values()) for name, parts in found.frozen.items() if name.rpartition(".")[0] == module]
-        figure, bound = float(sum(counts)), 0.0
+        figure, bound = float(sum(counts) + sum(name.rpartition(".")[0] == module for name in found.alone)), 0.0
     else:
         figure = max(errors.get(module, 0.0) for errors in found.deltas.values())
         bound = causes.DELTA_TELL
@@ -326,8 +325,9 @@ def _first_stored(sides: _Sides) -> Diagnosis | None:
     )
 
 
-def _layer_number(module: str) -> float:
-    parts = module.split(".")
+def _place(module: str) -> tuple[float, int, str]:
+    """Where a module stands in the order of computation."""
+    parts, step = module.split("."), _step(module)
     if parts[:2] == ["model", "layers"]:
-        return int(parts[2])
-    return -1 if module == "model.embed_tokens" else float("inf")
+        return int(parts[2]), LAYER_STEPS.index(step) if step in LAYER_STEPS else len(LAYER_STEPS), module
+    return -1 if module == "model.embed_tokens" else float("inf"), module == "lm_head", module

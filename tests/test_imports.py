@@ -40,7 +40,7 @@ def loaded_by(code: str, *, path: Path = ROOT) -> set[str]:
         ("moka_core", {"jax", "torch", "flax", "peft", "transformers", "safetensors", "typer", "rich"}),
         ("moka_jax, moka_jax.llama, moka_jax.train", {"torch", "peft", "bitsandbytes", "moka_torch", "conversion"}),
         ("moka_torch", {"jax", "flax", "optax", "orbax", "grain", "moka_jax", "conversion"}),
-        ("conversion, conversion.parity, conversion.oracle_probe", {"jax", "torch", "flax", "transformers", "moka_jax", "moka_torch"}),
+        ("conversion, conversion.parity", {"jax", "torch", "flax", "transformers", "moka_jax", "moka_torch"}),
         ("moka_cli.main", {"jax", "torch", "flax", "transformers", "matplotlib", "moka_jax", "moka_torch"}),
     ],
 )

@@ -137,6 +137,18 @@ def test_a_fault_in_jax_is_found_against_pytorch_and_against_float64(sides, faul
         names(sides.alone("jax"), module, cause)
 
 
+def last_bit(model):
+    change(block(model).input_layernorm.weight, (2, 9), lambda entry: np.nextafter(entry, np.float32(2)))
+
+
+def test_a_difference_that_no_output_shows_is_found_all_the_same(sides):
+    with planted_in_jax(sides, last_bit):
+        report = sides.alone("jax")
+    names(report, "layers.2.input_layernorm", "the weight: 1 of 128 entries differ")
+    assert report.diagnosis.cause.endswith("; its output differs by less than its bound")
+    assert [row.name for row in report.rows if not row.passed] == ["dense tensors (9)"]
+
+
 def set_attribute(owner, name: str, value) -> Callable[[], None]:
     before = getattr(owner, name)
     setattr(owner, name, value)

@@ -131,8 +131,6 @@ def test_params_reads_a_model_folder_and_takes_settings(base, capsys):
 
 
 def test_parity_exits_with_3_and_names_the_first_difference(base, tmp_path, capsys, monkeypatch):
-    import torch
-
     import moka_torch.probe
 
     config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj",))
@@ -141,8 +139,7 @@ def test_parity_exits_with_3_and_names_the_first_difference(base, tmp_path, caps
 
     def wrong(folder, **options):
         model = right(folder, **options)
-        with torch.no_grad():
-            model.model.layers[1].post_attention_layernorm.weight[3] += 0.5
+        model.model.layers[1].self_attn.o_proj.weight.data[5] ^= 1
         return model
 
     arguments = ("parity", tmp_path / "adapter", "--base", base, "--backend", "torch", "--quick")
@@ -154,13 +151,16 @@ def test_parity_exits_with_3_and_names_the_first_difference(base, tmp_path, caps
     monkeypatch.setattr(moka_torch.probe, "load_base", wrong)
     assert call(*arguments, "--json", tmp_path / "wrong.json") == 3
     printed = capsys.readouterr().out
-    assert "PyTorch and float64 disagree: dense tensors" in printed
-    assert "first difference: model.layers.1.post_attention_layernorm, " in printed
-    assert "likely cause: the weight: 1 of 128 entries differ" in printed
+    assert "PyTorch and float64 disagree: NF4 codes" in printed
+    assert "first difference: model.layers.1.self_attn.o_proj, " in printed
+    assert (
+        "likely cause: the weight: 1 of 8192 bytes of NF4 codes differ, in PyTorch; NF4 layers: this one alone"
+        in printed
+    )
     reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("right", "wrong")]
     assert [report["passed"] for report in reports] == [True, False]
     assert reports[0]["diagnosis"] is None
-    assert reports[1]["diagnosis"]["module"] == "model.layers.1.post_attention_layernorm"
+    assert reports[1]["diagnosis"]["module"] == "model.layers.1.self_attn.o_proj"
     assert reports[1]["modules"]["model.layers.0"] < 2e-5 < reports[1]["modules"]["model.layers.1"]
 
 
