@@ -204,7 +204,7 @@ def test_settings_that_agree_with_the_adapter_are_taken(base, start, tmp_path):
 
 def test_an_adapter_of_another_base_or_none_at_all_is_refused_before_the_base_is_read(base, start, tmp_path):
     other = save_tiny_llama(tmp_path / "other", seed=3, vocab_size=320)
-    with pytest.raises(AdapterError, match="this adapter was trained on another base model"):
+    with pytest.raises(AdapterError, match="the adapter was trained on another base model"):
         resolve_start(TrainConfig.from_yaml(write(tmp_path, other, start)))
     anonymous = dataclasses.replace(load_adapter(start), base_fingerprint=None)
     save_adapter(anonymous, tmp_path / "anonymous")
