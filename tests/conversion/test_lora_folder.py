@@ -74,13 +74,13 @@ def plain(base, tmp_path_factory):
     ids=lambda settings: ", ".join(settings) or "plain",
 )
 def test_what_peft_wrote_is_what_peft_computes(base, layers, tmp_path, settings):
-    """Measured: at most 2e-7 of the largest entry, PEFT computing in float32."""
+    """Measured: at most 1.3e-7 of the largest entry, PEFT computing in float32."""
     expected = save_lora(base, tmp_path / "lora", **settings)
     found = load_lora(tmp_path / "lora", layers)
     assert expected
     assert found.keys() == expected.keys()
     for path, delta in expected.items():
-        np.testing.assert_allclose(found[path].delta(), delta, atol=1e-6 * np.abs(delta).max())
+        np.testing.assert_allclose(found[path].delta(), delta, atol=3e-7 * np.abs(delta).max())
         assert found[path].parameters == found[path].rank * sum(layers[path])
 
 
@@ -91,7 +91,7 @@ def test_half_precision_is_read(plain, layers, tmp_path):
     for path, layer in load_lora(plain, layers).items():
         half = load_lora(folder, layers)[path]
         assert half.lora_a.dtype == np.float16
-        np.testing.assert_allclose(half.delta(), layer.delta(), atol=0.05)
+        np.testing.assert_allclose(half.delta(), layer.delta(), atol=0.02)  # measured: 0.010
 
 
 @pytest.mark.parametrize(

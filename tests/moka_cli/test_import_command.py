@@ -105,7 +105,7 @@ def test_lora_terms_hold_the_lora_exactly_and_peft_computes_the_same_with_both(b
             with model.disable_adapter():
                 without = model(tokens).logits
     assert (logits[0] - without).abs().max() > 0.1
-    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)  # measured: 2e-6
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)  # measured: 2.6e-6, of logits up to 3.2
 
 
 def test_a_fine_tuned_model_becomes_the_adapter_that_was_merged_into_it(base, tuned, tmp_path):
@@ -116,7 +116,7 @@ def test_a_fine_tuned_model_becomes_the_adapter_that_was_merged_into_it(base, tu
     for path in adapter.layers:
         delta = after.dense(f"{path}.weight") - before.dense(f"{path}.weight")
         error = np.linalg.norm(delta - delta_of(adapter, path)) / np.linalg.norm(delta)
-        assert error < 1e-6  # measured: 2e-7, the rounding of W + ΔW
+        assert error < 3e-7  # measured: 1.1e-7, the rounding of W + ΔW and of the factors
 
 
 def test_what_else_changed_is_refused_unless_it_is_to_be_left_behind(base, tuned, lora, tmp_path, capsys):
