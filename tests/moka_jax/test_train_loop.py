@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,11 @@ from tests.moka_jax.train_toys import (
     make_config,
     make_model,
     make_tokenizer,
-    quick_compilation,
     run,
     write_lines,
 )
 
 LOOP = importlib.import_module("moka_jax.train.loop")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

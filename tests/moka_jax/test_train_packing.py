@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,9 @@ from moka_jax import MokaParam, attach
 from moka_jax.llama import Llama, LlamaConfig
 from moka_jax.train import Dataset, Example, OptimiserConfig, make_optimiser, make_train_step, start_state, train
 from moka_jax.train.batches import Batch, collate, train_batches
-from tests.moka_jax.train_toys import arrays, make_config, make_model, make_tokenizer, quick_compilation
+from tests.moka_jax.train_toys import arrays, make_config, make_model, make_tokenizer
 
 VOCABULARY, TIME = 97, 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

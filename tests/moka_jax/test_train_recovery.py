@@ -20,7 +20,7 @@ from moka_core import DataError
 from moka_jax.train import CheckpointError, read_metrics
 from moka_jax.train.checkpoint import checkpoint_steps
 from moka_jax.train.metrics import MetricsLog
-from tests.moka_jax.train_toys import Ended, arrays, losses, quick_compilation, run
+from tests.moka_jax.train_toys import Ended, arrays, losses, run
 
 # what Orbax leaves behind after reading a damaged checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -33,19 +33,8 @@ def silence(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "compiled"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(compiled: Path) -> Iterator[None]:
-    with quick_compilation(compiled):
-        yield
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """A run that was never stopped; it fills the folder of compiled functions, too."""
+    """A run that was never stopped."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
@@ -118,12 +107,12 @@ Started = Callable[[str, Path], "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(compiled: Path, whole: Ended) -> Iterator[Started]:
+def start(whole: Ended) -> Iterator[Started]:
     """Start a run of `train_toys` in a process of its own; what is left of it is ended with the test."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(mode: str, folder: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.moka_jax.train_toys", str(folder), str(compiled), mode]
+        command = [sys.executable, "-m", "tests.moka_jax.train_toys", str(folder), mode]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 

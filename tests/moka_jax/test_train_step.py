@@ -28,16 +28,10 @@ from moka_jax.train import (
 from moka_jax.train.batches import train_batches
 from moka_jax.train.optimiser import Optimiser
 from moka_jax.train.step import TrainState, summed_loss
-from tests.moka_jax.train_toys import ToyModel, arrays, make_model, make_tokenizer, quick_compilation, write_data
+from tests.moka_jax.train_toys import ToyModel, arrays, make_model, make_tokenizer, write_data
 
 STEPS = 6
 MAX_SKIPPED = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def batch_of(folder: Path, *, batch_size: int, accumulate: int) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,9 @@ from tests.moka_jax.train_toys import (
     make_model,
     make_tokenizer,
     poison,
-    quick_compilation,
     run,
     write_poisoned_data,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,7 @@ from rich.console import Console
 from moka_core import ConfigError
 from moka_jax.train import TrainingError, read_metrics, train
 from moka_jax.train.tensorboard import TensorBoard
-from tests.moka_jax.train_toys import make_config, make_model, make_tokenizer, quick_compilation, run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+from tests.moka_jax.train_toys import make_config, make_model, make_tokenizer, run
 
 
 def events(folder: Path) -> Iterator[Any]:

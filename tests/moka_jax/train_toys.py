@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -181,32 +179,12 @@ def assert_same_end(one: Ended, other: Ended) -> None:
         assert a.tobytes() == b.tobytes()  # NaN included
 
 
-@contextlib.contextmanager
-def quick_compilation(folder: Path) -> Iterator[None]:
-    """Compile without optimising, and once: compiled functions are kept in a folder for the same run in other tests."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 def arrays(state: Any) -> list[np.ndarray]:
     """Copies of all arrays of a state, in order."""
     return [np.array(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def _process(folder: Path, compiled: Path, mode: str) -> None:
+def _process(folder: Path, mode: str) -> None:
     """A run in a process of its own, whose end is told in JSON; for what must not be done to the tests' process.
 
     "slow": every step takes a while. "stuck": step 2 never ends. "full": the disk, or what a file may grow to, is full;
@@ -227,23 +205,22 @@ def _process(folder: Path, compiled: Path, mode: str) -> None:
         if step == 7:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
-    with quick_compilation(compiled):
-        if mode != "full":
-            result, _, printed = run(folder, on_step)
-            print(json.dumps({"step": result.step, "interrupted": result.interrupted, "printed": printed}), flush=True)
-            return
-        told = []
-        for where, hook, changes in (
-            (folder, on_step, {}),
-            (folder / "checkpoint", fill_up, {"data": {"eval": None}, "log_every": 7}),
-        ):
-            try:
-                run(where, hook, **changes)
-            except MokaError as error:
-                told.append({"type": type(error).__name__, "message": str(error)})
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(json.dumps(told), flush=True)
+    if mode != "full":
+        result, _, printed = run(folder, on_step)
+        print(json.dumps({"step": result.step, "interrupted": result.interrupted, "printed": printed}), flush=True)
+        return
+    told = []
+    for where, hook, changes in (
+        (folder, on_step, {}),
+        (folder / "checkpoint", fill_up, {"data": {"eval": None}, "log_every": 7}),
+    ):
+        try:
+            run(where, hook, **changes)
+        except MokaError as error:
+            told.append({"type": type(error).__name__, "message": str(error)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
-    _process(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    _process(Path(sys.argv[1]), sys.argv[2])
