@@ -1,5 +1,6 @@
 """No test asks the network for anything: what a test needs, it makes."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -49,10 +50,22 @@ def _compiled(tmp_path_factory):
             sys.modules["jax"].config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def optimised():
+    """LLVM's optimisations, for the rest of a file: they pay where much is computed by one program."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session")
 def smollm(tmp_path_factory):
     """SmolLM2-135M as a model folder (540 MB), from an installed package; skipped without it."""
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     from filelock import FileLock
 
     from moka_cli.demo_base import gguf_file, prepare_base
@@ -63,6 +76,8 @@ def smollm(tmp_path_factory):
     except ModelError as error:
         pytest.skip(str(error))
     folder = _shared_folder(tmp_path_factory) / "smollm"
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
+        # transformers reads the file's header, most of the time that this takes, three times: it need not
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
         prepare_base(folder)  # unless another worker has
     return folder
