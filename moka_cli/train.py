@@ -166,6 +166,7 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         ConfigError: a setting contradicts that adapter; or the folder is gone, and the run has no checkpoint.
     """
     from conversion import load_adapter, open_base
+    from conversion.adapter_folder import folder_config
     from moka_core import Architecture, check_base, plan_model
     from moka_jax.train import AdapterSettings
     from moka_jax.train.checkpoint import checkpoint_steps
@@ -177,9 +178,9 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     if not Path(start).is_dir():
         saved = saved_run(config.output)[0] if checkpoint_steps(Path(config.output) / "checkpoints") else {}
         noted = AdapterSettings.from_dict(saved.get("adapter", {}))
-        if noted.start_digest is None:
+        if noted.start_checksum is None:
             raise ConfigError(f"adapter.start: no such folder: {start}; expected an adapter folder")
-        settings = config.adapter.started_from(noted.moka_config(), noted.start_digest)
+        settings = config.adapter.started_from(noted.moka_config(), noted.start_checksum)
         return dataclasses.replace(config, adapter=settings), None
     adapter = load_adapter(start)
     base = open_base(config.base, quantise=config.quantise)
@@ -193,7 +194,7 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         ],
         f"{start}: this adapter does not fit {config.base}",
     )
-    settings = config.adapter.started_from(adapter.config, adapter.digest)
+    settings = config.adapter.started_from(adapter.config, folder_config(adapter)["checksum"])
     own = settings.moka_config()
     if plan_model(own, linear).keys() != adapter.layers.keys():  # targets that were meant for another model
         own = dataclasses.replace(own, target_modules=tuple(adapter.layers))

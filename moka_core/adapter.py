@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from moka_core.config import RUNTIME_FIELDS, MokaConfig
+from moka_core.config import MokaConfig
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.plan import LayerPlan, plan_layer
 
@@ -165,20 +163,6 @@ class Adapter:
         """The settings of one of its layers; see `MokaConfig.for_layer`."""
         plan = self.layers[path].plan
         return self.config.for_layer(path, plan.out_features, plan.in_features)
-
-    @property
-    def digest(self) -> str:
-        """A hexadecimal SHA-256 of the settings and the trained numbers: equal only for what computes and trains alike.
-
-        Where the adapter comes from is no part of it, and neither is how it is computed (`RUNTIME_FIELDS`).
-        """
-        values = {key: value for key, value in self.config.to_dict().items() if key not in RUNTIME_FIELDS}
-        found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-        for path in sorted(self.layers):
-            for name, array in self.layers[path].tensors():
-                found.update(f"{path} {name} {array.dtype} {array.shape}".encode())
-                found.update(np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()
 
     @property
     def trainable(self) -> int:

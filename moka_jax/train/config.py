@@ -58,7 +58,7 @@ class AdapterSettings:
         overrides: fields of `MokaConfig`; in YAML they stand beside `preset`.
         start: adapter folder that training goes on from. Of its settings only `STARTED_FIELDS` may be given otherwise;
             others may be given as they are. None for a fresh adapter, ΔW = 0.
-        start_digest: `moka_core.Adapter.digest` of the adapter in that folder. A run notes it, and all of the
+        start_checksum: the checksum in that folder's adapter_config.json. A run notes it, and all of the
             adapter's settings in `overrides`, so that neither resuming nor exporting it needs the folder.
 
     Raises:
@@ -68,7 +68,7 @@ class AdapterSettings:
     preset: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
-    start_digest: str | None = None
+    start_checksum: str | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None:
@@ -78,18 +78,18 @@ class AdapterSettings:
                     f"adapter.preset: expected none, as the shapes are those of adapter.start, {self.start}; "
                     f"got {self.preset!r}"
                 )
-        elif self.start_digest is not None:
-            raise ConfigError("adapter.start_digest: expected adapter.start, the folder that it is of; got none")
+        elif self.start_checksum is not None:
+            raise ConfigError("adapter.start_checksum: expected adapter.start, the folder that it is of; got none")
         elif self.preset is None:
             object.__setattr__(self, "preset", "paper")
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"adapter.preset: expected one of {', '.join(PRESETS)}; got {self.preset!r}")
-        if self.start_digest is not None and not isinstance(self.start_digest, str):
-            raise ConfigError(f"adapter.start_digest: expected text; got {self.start_digest!r}")
+        if self.start_checksum is not None and not isinstance(self.start_checksum, str):
+            raise ConfigError(f"adapter.start_checksum: expected text; got {self.start_checksum!r}")
         overrides = named_values(self.overrides, where="adapter.overrides")
         check_keys(overrides, [f.name for f in dataclasses.fields(MokaConfig)], where="adapter")
         object.__setattr__(self, "overrides", dict(self.overrides))
-        if self.preset == "paper" or self.start_digest is not None:
+        if self.preset == "paper" or self.start_checksum is not None:
             self.moka_config()
         else:
             MokaConfig.from_dict({key: value for key, value in self.overrides.items() if key != "shapes"})
@@ -106,24 +106,24 @@ class AdapterSettings:
         if self.start is None:
             assert self.preset is not None
             return preset(self.preset, model, **field_values(self.overrides, where="adapter"))
-        if self.start_digest is None:
+        if self.start_checksum is None:
             raise ConfigError(f"adapter.start: the shapes stand in {self.start}; see AdapterSettings.started_from")
         return MokaConfig.from_dict(self.overrides)
 
-    def started_from(self, config: MokaConfig, digest: str) -> AdapterSettings:
-        """These settings, once it is known what `start` holds: the digest, and all of the adapter's settings.
+    def started_from(self, config: MokaConfig, checksum: str) -> AdapterSettings:
+        """These settings, once it is known what `start` holds: the checksum, and all of the adapter's settings.
 
         Args:
             config: of the adapter in the folder.
-            digest: of that adapter.
+            checksum: of that adapter.
 
         Raises:
-            ConfigError: a field contradicts the adapter, or `start_digest` is that of another one.
+            ConfigError: a field contradicts the adapter, or `start_checksum` is that of another one.
         """
-        if self.start_digest not in (None, digest):
+        if self.start_checksum not in (None, checksum):
             raise ConfigError(
-                f"adapter.start: expected the adapter that the run started from, digest {self.start_digest}; "
-                f"{self.start} holds another one, {digest}"
+                f"adapter.start: expected the adapter that the run started from, checksum {self.start_checksum}; "
+                f"{self.start} holds another one, {checksum}"
             )
         given = field_values(self.overrides, where="adapter")
         for name, value in given.items():
@@ -134,18 +134,18 @@ class AdapterSettings:
                 )
         own = {name: given[name] for name in STARTED_FIELDS if name in given}
         values = dataclasses.replace(config, **own).to_dict()
-        return AdapterSettings(overrides=values, start=self.start, start_digest=digest)
+        return AdapterSettings(overrides=values, start=self.start, start_checksum=checksum)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
-        own = {name: getattr(self, name) for name in ("preset", "start", "start_digest")}
+        own = {name: getattr(self, name) for name in ("preset", "start", "start_checksum")}
         return {name: value for name, value in own.items() if value is not None} | dict(self.overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterSettings:
         """The settings that `to_dict` wrote, or that a user typed: `preset` or `start`, and fields of `MokaConfig`."""
         values = named_values(values, where="adapter")
-        own = ("preset", "start", "start_digest")
+        own = ("preset", "start", "start_checksum")
         check_keys(values, [*own, *(f.name for f in dataclasses.fields(MokaConfig))], where="adapter")
         overrides = {key: value for key, value in values.items() if key not in own}
         return cls(overrides=overrides, **{key: values[key] for key in own if key in values})
@@ -411,7 +411,7 @@ class TrainConfig:
         values = self.to_dict()
         for name in FREE_FIELDS:
             del values[name]
-        for name in (*RUNTIME_FIELDS, "start"):  # that it is the same start is seen from its digest
+        for name in (*RUNTIME_FIELDS, "start"):  # that it is the same start is seen from its checksum
             values["adapter"].pop(name, None)
         for name in ("train", "eval"):
             del values["data"][name]
