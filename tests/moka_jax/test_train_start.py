@@ -19,16 +19,10 @@ from moka_jax.llama import load_llama
 from moka_jax.train import AdapterSettings, TrainConfig, load_dataset, read_metrics
 from moka_jax.train.batches import eval_batches
 from tests.moka_cli.test_commands import call
-from tests.moka_jax.train_toys import make_tokenizer, quick_compilation
+from tests.moka_jax.train_toys import make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama, write_run
 
 CONFIG = MokaConfig(r=3, num_shapes=2, dropout=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
