@@ -52,7 +52,7 @@ def _compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def optimised():
-    """LLVM's optimisations, for the rest of a file: they pay where much is computed by one program."""
+    """LLVM's optimisations, for the rest of a file: where much is computed by one program, or bits are the point."""
     import jax
 
     name = "jax_disable_most_optimizations"

@@ -32,6 +32,9 @@ from tests.tiny import random_adapter, save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
+# the proof is about the code as users compile it
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 class Changed:
     """A probe with some of its methods replaced."""

@@ -17,6 +17,9 @@ from flax import nnx
 from conversion.oracle_probe import OracleProbe
 from conversion.parity import ParityReport, compare_with_oracle
 
+# as in test_parity.py
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @contextlib.contextmanager
 def planted_in_jax(sides, fault: Callable[[nnx.Module], None]) -> Iterator[None]:

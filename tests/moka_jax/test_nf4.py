@@ -19,6 +19,9 @@ from moka_jax.stack import Stack
 SHAPES = [(96, 192), (320, 128)]  # 288 and 640 blocks: more than one block of 256 scales
 RAGGED = [(10, 96), (7, 33), (3, 5)]  # a block of 64 crosses rows; an odd count; less than one block
 
+# what a compiler that optimises makes of the code is the point: it fuses roundings (see `decode_scales`)
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def random_weight(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """Rows of very different sizes, so that the scales of the blocks differ."""
