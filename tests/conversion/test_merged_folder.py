@@ -257,7 +257,7 @@ def test_plain_transformers_computes_what_peft_computes_on_the_base(
     expected = probe.logits(TOKENS)
     found = computed[name]
     assert np.abs(found - expected).max() <= LOGITS * np.ptp(expected)
-    with probe._model.disable_adapter():
+    with probe.model.disable_adapter():
         assert np.abs(probe.logits(TOKENS) - expected).max() > 0.05 * np.ptp(expected), "the adapter does nothing"
 
 

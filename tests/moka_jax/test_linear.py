@@ -29,6 +29,9 @@ from moka_jax import MokaLinear, MokaParam, Nf4Linear, attach, merge, with_dropo
 from tests.cases import CASES, random_factors, random_layer
 from tests.moka_jax.toys import randomise, run
 
+# numbers of the code as users compile it
+pytestmark = pytest.mark.usefixtures("optimised")
+
 OUT, IN = 48, 64
 CONFIG = MokaConfig(r=5, num_shapes=2, dropout=0.0)
 EXECUTIONS = ("factored", "merged")

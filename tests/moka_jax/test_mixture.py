@@ -15,6 +15,9 @@ from moka_jax.mixture import UNROLLED, coefficients, delta_weight
 from moka_jax.product import moka_apply
 from tests.cases import CASES, LayerCase, random_layer
 
+# numbers of the code as users compile it
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TOKENS = 37
 
 

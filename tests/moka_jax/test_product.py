@@ -22,6 +22,9 @@ from moka_jax.product import Mixture, Statics, mixture_product
 from tests.cases import CASES, LayerCase, random_factors, random_layer
 from tests.tiny import save_tiny_llama
 
+# numbers and memory of the code as users compile it
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TOKENS, DROPOUT = 37, 0.2
 # Relative error ‖a-b‖/‖b‖ of an array, the factors of one kind in a layer being one array. Measured over 20 seeds x all
 # cases x all schedules, with dropout and with a packed base: y 2.4e-7, x 2.2e-7, factor_a 3.5e-7, factor_b 7.2e-7. The
