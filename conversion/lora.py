@@ -137,7 +137,7 @@ def lora_config(adapter: Adapter, rank: int, *, linear_layers: Collection[str] |
     """The contents of adapter_config.json: long-standing fields of PEFT's `LoraConfig`."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if adapter.base_fingerprint else None,  # as in our own folders
         "base_model_name_or_path": adapter.base_model,
         "revision": None,
         "auto_mapping": None,

@@ -30,6 +30,7 @@ Quantise = Annotated[
         "nf4-double."
     ),
 ]
+JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file, too.")]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take another base than the adapter was trained on.")
 ]
@@ -111,7 +112,7 @@ def lora(
     ] = None,
     quantise: Quantise = None,
     allow_other_base: AllowOtherBase = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Write an adapter as a plain PEFT LoRA, for servers that take nothing else, and say what that loses.
 
@@ -152,7 +153,7 @@ def parity(
     seed: Annotated[int, typer.Option(help="Seed of the tokens, where the base has no tokenizer.")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Show the difference of every module's output.")] = False,
     allow_other_base: AllowOtherBase = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the report to this file, too.")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Prove that an adapter computes the same in JAX and in PyTorch, or in one of them and by definition.
 
@@ -194,7 +195,7 @@ def merge(
     quantise: Quantise = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest file, in GB; one is in memory at a time.")] = 1.0,
     allow_other_base: AllowOtherBase = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Write base and adapter as one model folder, which transformers loads without moka or PEFT.
 
@@ -315,7 +316,7 @@ def import_(
         bool, typer.Option("--only-targets", help="Leave behind what changed beside the targeted layers.")
     ] = False,
     max_error: Annotated[float | None, typer.Option(help="Write nothing if a layer's relative error is above.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Turn a LoRA adapter, or a fine-tuned model, into the nearest MoKA adapter, and say how near it is.
 

@@ -235,8 +235,8 @@ def trace_oracle(
             raise ModelError(f"the base has no tensor {name!r}")
         return found
 
-    def linear(path: str, x: np.ndarray) -> np.ndarray:
-        y = project(x, needed(f"{path}.weight"))
+    def linear(path: str, x: np.ndarray, held: str = "") -> np.ndarray:
+        y = project(x, needed(f"{held or path}.weight"))
         bias, change = tensor(f"{path}.bias"), delta(path)
         y = y if bias is None else y + bias.astype(np.float64)
         return y if change is None else y + project(x, change)
@@ -269,5 +269,4 @@ def trace_oracle(
         yield layer, x
     x = rms_norm(x, needed("model.norm.weight"), config.eps)
     yield "model.norm", x
-    head = "model.embed_tokens" if sizes.tie_word_embeddings else "lm_head"
-    yield "lm_head", linear(head, x) if head == "lm_head" else project(x, needed(f"{head}.weight"))
+    yield "lm_head", linear("lm_head", x, held="model.embed_tokens" if sizes.tie_word_embeddings else "lm_head")

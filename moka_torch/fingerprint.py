@@ -67,11 +67,11 @@ def quantisation(model: nn.Module) -> str | None:
 
 def _held(module: nn.Module) -> str | None:
     weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return "no weight"
+    if not isinstance(weight, torch.Tensor):  # some hold what they multiply by under another name
+        return None if hasattr(module, "in_features") else "no weight"
     if getattr(weight, "quant_type", None) == "nf4":
         return "nf4-double" if getattr(weight, "compress_statistics", False) else "nf4"
-    return "none" if weight.is_floating_point() else None
+    return "none" if weight.dtype in _DTYPES else None
 
 
 def norm_weights(model: nn.Module) -> dict[str, np.ndarray]:

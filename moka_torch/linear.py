@@ -123,7 +123,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             del self.moka_gate_logits[adapter_name]
         if config.gate == "softmax":
             self.moka_gate_logits[adapter_name] = nn.Parameter(torch.empty(plan.terms))
-        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.moka_dropout[adapter_name] = dropout.train(self.training)  # a layer in eval mode stays in it
         self.moka_plan[adapter_name] = plan
         self.moka_config[adapter_name] = config
         self.scaling[adapter_name] = config.scale

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
@@ -36,6 +37,7 @@ from moka_torch.saving import own_tensors
 from moka_torch.targets import check_adapter_name, refuse_module
 
 PREFIX = "moka_"
+_LOADERS = ("from_pretrained", "load_adapter")
 _CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # PEFT's choice for LoRA by type of model, and q_proj and v_proj for the LLaMA-like types that it does not list.
 DEFAULT_TARGETS: dict[str, Any] = {
@@ -99,7 +101,21 @@ class MokaModel(BaseTuner):
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
         allowed = config.allow_other_base
         fingerprint = check_fingerprint(config.base_fingerprint, model, allow_other_base=allowed)
-        stated = config.stated(plans, fingerprint, quantisation(model))
+        held = quantisation(model)
+        if None not in (config.base_quantisation, held) and config.base_quantisation != held:
+            warnings.warn(
+                f"adapter {adapter_name!r} was trained on a base held as {config.base_quantisation!r}; this one is "
+                f"held as {held!r}, on which it computes something else",
+                stacklevel=2,
+            )
+        if not _is_loaded_by_peft():
+            config.checksum = config.sealed = None  # a fresh adapter with the settings of a saved one
+        elif config.checksum is None:
+            raise AdapterError(
+                f"adapter {adapter_name!r}: checksum: expected one in adapter_config.json; got none. Take the folder "
+                "as it was saved"
+            )
+        stated = config.stated(plans, fingerprint, held)
         config = self.peft_config[adapter_name] = given.take_over(stated)
         # PEFT matches names by rules of its own (it would take every module that a regular expression matches, and
         # writes "all-linear" out); it is handed exactly the planned paths, and the config keeps what the user wrote.
@@ -342,11 +358,38 @@ class MokaModel(BaseTuner):
                 "it was merged with; call unmerge_adapter first. Nothing was loaded."
             )
         assert isinstance(config, MokaConfig)
-        check_state_dict(model, adapter_name, state_dict, config.bias)
-        check_file(config, state_dict, adapter_name)
+        try:
+            check_state_dict(model, adapter_name, state_dict, config.bias)
+            check_file(config, state_dict, adapter_name)
+        except AdapterError:
+            if config.checksum is not None and isinstance(model, PeftModel):  # it came with this file
+                _take_back(model, adapter_name)
+            raise
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+def _is_loaded_by_peft() -> bool:
+    """Whether PEFT is at loading a folder, whose tensors will come next, and not at attaching a fresh adapter.
+
+    Nothing that PEFT hands over tells the two apart.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "peft.peft_model" and frame.f_code.co_name in _LOADERS:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _take_back(model: PeftModel, adapter_name: str) -> None:
+    """Remove an adapter whose tensors were refused, so that its name is free and the base as it was."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        tuner: Any = model.base_model
+        tuner.unload()
 
 
 def _hand_over(

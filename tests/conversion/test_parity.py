@@ -381,3 +381,11 @@ def test_peft_hears_of_another_base_only_where_it_is_allowed(monkeypatch, sides)
         with pytest.raises(Told):
             TorchProbe(sides.base, sides.folder, allow_other_base=allowed)
     assert given == [{"is_trainable": True}, {"is_trainable": True, "allow_other_base": True}]
+
+
+def test_an_adapter_on_a_tied_head_agrees_with_its_definition(tmp_path):
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    config = MokaConfig(r=3, num_shapes=2, target_modules=("q_proj", "lm_head"))
+    save_adapter(random_adapter(open_base(base), config), tmp_path / "adapter")
+    report = check_parity(tmp_path / "adapter", base, backend="torch", quick=True)
+    assert report.passed, report.rows

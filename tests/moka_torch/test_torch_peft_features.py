@@ -140,6 +140,17 @@ def test_scales_are_put_on_taken_off_and_no_part_of_the_adapter(load, tmp_path):
         model.set_scale("one", 2.0)
 
 
+def test_an_adapter_added_to_a_model_in_eval_mode_drops_nothing(load):
+    model = several(load()).eval()
+    for config in model.peft_config.values():
+        config.dropout = 0.5
+    model.add_weighted_adapter(["one", "two"], [0.5, 1.0], "sum")
+    model.set_adapter("sum")
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+
 @pytest.mark.parametrize(
     "weights",
     [

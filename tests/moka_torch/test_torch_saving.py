@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import moka_core
@@ -15,6 +15,7 @@ from conversion import load_adapter, save_adapter
 from moka_core import AdapterError, ConfigError, plan_model
 from moka_core.adapter import expected_tensors
 from moka_torch import MokaConfig, MokaLinear, export_adapter, import_adapter
+from moka_torch.fingerprint import quantisation
 from tests.moka_torch.conftest import logits, random_adapter
 from tests.moka_torch.test_torch_tuner import linear_dims
 
@@ -209,3 +210,65 @@ def test_two_adapters_on_one_model(load, settings, tmp_path):
     assert torch.equal(logits(loaded), both)
     loaded.delete_adapter("default")
     assert torch.equal(logits(loaded), alone["second"])
+
+
+def spoil(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_fresh_adapter_with_the_settings_of_a_saved_one_is_held_to_no_checksum(load, folder):
+    config = MokaConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(load(), config)
+    state = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, state)  # as a resumed Trainer does
+    assert torch.equal(next(iter(get_peft_model_state_dict(model).values())), next(iter(state.values())))
+
+
+def test_a_refused_adapter_leaves_nothing_of_its_name(load, folder, tmp_path):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    spoil(bad, scale=5.0)
+    model = PeftModel.from_pretrained(load(), folder)
+    before = logits(model)
+    with pytest.raises(AdapterError, match="checksum"):
+        model.load_adapter(bad, "two")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+    model.load_adapter(folder, "two")
+    model.set_adapter("two")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_refused_folder_leaves_the_base_as_it_was(load, folder, tmp_path):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    spoil(bad, scale=5.0)
+    base = load()
+    with pytest.raises(AdapterError, match="checksum"):
+        PeftModel.from_pretrained(base, bad)
+    assert not any(isinstance(module, MokaLinear) for module in base.modules())
+    expected = logits(PeftModel.from_pretrained(load(), folder))
+    assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), expected)
+
+
+def test_tensors_of_a_config_without_layers_and_checksum_are_refused(load, folder):
+    spoil(folder, layers={}, checksum=None, scale=2.0)
+    with pytest.raises(AdapterError, match=r"checksum: expected one in adapter_config\.json; got none"):
+        PeftModel.from_pretrained(load(), folder)
+
+
+def test_a_base_held_in_another_way_is_told(load, folder):
+    with pytest.warns(UserWarning, match="was trained on a base held as 'none'; this one is held as 'nf4-double'"):
+        PeftModel.from_pretrained(load(4), folder)
+
+
+@pytest.mark.parametrize("kind", ["float8", "packed under another name"])
+def test_how_a_base_is_held_is_unknown_where_it_is_not_dense(kind):
+    layer = torch.nn.Linear(4, 4)
+    if kind == "float8":
+        layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    else:
+        del layer.weight
+        layer.qweight = torch.zeros(2, dtype=torch.int32)
+    assert quantisation(torch.nn.Sequential(torch.nn.Linear(4, 4), layer)) is None
+    assert quantisation(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))) == "none"
