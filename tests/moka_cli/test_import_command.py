@@ -177,7 +177,10 @@ def test_refusals(base, lora, tuned, tmp_path, capsys):
     assert "unknown 'rr' (did you mean 'r'?)" in refused(capsys, lora, out, *start, "--set", "rr=3")
     assert "unknown preset 'papper'" in refused(capsys, lora, out, *start, "--preset", "papper")
     assert "--max-error: expected a number >= 0" in refused(capsys, lora, out, *start, "--max-error", "-1")
-    assert "--json: expected a file that can be written" in refused(capsys, lora, out, *start, "--json", tmp_path)
+    nowhere = tmp_path / "nowhere" / "f.json"
+    assert "--json: expected a file that can be written" in refused(capsys, lora, out, *start, "--json", nowhere)
+    assert call("import", lora, out, *start, "--json", tmp_path) == 2  # a folder: typer's own refusal
+    assert "is a directory" in " ".join(capsys.readouterr().err.split())
     assert "--lora-terms: expected a whole number >= 0" in refused(capsys, lora, out, *start, "--lora-terms", -1)
     identity = ("--set", "identity=a", "--set", "num_shapes=1", "--lora-terms", 1)
     assert "--lora-terms: expected identity=none" in refused(capsys, lora, out, "--base", base, *identity)
