@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import ml_dtypes
 import numpy as np
 
+from conversion.adapter_folder import folder_config
 from conversion.base_weights import BaseFolder, flax_place
 from conversion.bitsandbytes_state import to_bitsandbytes
 from conversion.merge_report import MergeError, MergeReport
@@ -35,6 +36,7 @@ from moka_core import (
 )
 from moka_core.adapter import raise_problems
 from moka_core.delta import delta_rows
+from moka_core.fingerprint import MERGED, merged_adapters
 from moka_core.nf4 import BLOCK, NESTED_BLOCK
 from moka_core.tensor_spec import Packing, TensorSpec
 
@@ -79,7 +81,8 @@ def merge_folder(
     W′ = round(W + ΔW), with W as `base` holds it (decoded from NF4, or dense), ΔW and the sum in float32, and one
     rounding to `dtype`. Every other tensor is cast to `dtype`. With `pack`, W′ = Q(W + ΔW) in NF4 instead, for the
     linear layers that the base holds packed or, if it holds all of them dense, for those of the transformer blocks.
-    Without an adapter and packed the same way, a layer keeps its codes and scales.
+    Without an adapter and packed the same way, a layer keeps its codes and scales. The new config.json names the
+    adapter's checksum in `moka_merged`, which makes the model another base than the old one: see `base_fingerprint`.
 
     In memory are one shard, one tensor as it is stored, and pieces of a million entries; for a layer to pack also
     W + ΔW in float32.
@@ -124,7 +127,7 @@ def merge_folder(
                 layers[output.path] = error
             on_tensor(output.name, writer.bytes, total)
         files = writer.close()
-        (draft / "config.json").write_text(json.dumps(_config(base, outputs, dtype, pack), indent=2) + "\n")
+        (draft / "config.json").write_text(json.dumps(_config(adapter, base, outputs, dtype, pack), indent=2) + "\n")
         for name in carried:
             _copy(base.folder / name, draft / name)
     return MergeReport(
@@ -332,7 +335,9 @@ def _by_pieces(function: Callable[[int, int], T], shape: tuple[int, ...]) -> lis
         return list(threads.map(function, starts, (min(start + rows, shape[0]) for start in starts)))
 
 
-def _config(base: BaseFolder, outputs: list[_Output], dtype: str, pack: Packing | None) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, base: BaseFolder, outputs: list[_Output], dtype: str, pack: Packing | None
+) -> dict[str, Any]:
     """The base's config.json with what is different now."""
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     named = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # every version reads it
@@ -341,6 +346,7 @@ def _config(base: BaseFolder, outputs: list[_Output], dtype: str, pack: Packing 
         config["tie_word_embeddings"] = False
     if pack is not None:
         config["quantization_config"] = _quantization_config(outputs, dtype, pack)
+    config[MERGED] = [*merged_adapters(base.config), folder_config(adapter)["checksum"]]
     return config
 
 

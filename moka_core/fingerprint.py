@@ -23,6 +23,7 @@ _NUMBERS = (
     "head_dim",
     "rms_norm_eps",
 )
+MERGED = "moka_merged"  # the field of a merged model's config.json: the checksums of what was merged, in order
 # Of a kind's digits that both fingerprints know, the share that may differ. Measured in docs/fingerprint.md.
 MOST_DIFFERENT = 0.4
 FEWEST_KNOWN = 48  # a kind of fewer digits known to both says nothing
@@ -38,7 +39,9 @@ def base_fingerprint(
 
     The digest is the hexadecimal SHA-256 of what 4-bit quantisation leaves alone: architecture numbers and norm
     weights. The latter are rounded to bfloat16 first (to nearest, ties to even), so one checkpoint gives one digest
-    whether it is held in float32, bfloat16 or under NF4. The sketch is `sketch_weights`: some of its digits are others
+    whether it is held in float32, bfloat16 or under NF4. A model into which an adapter was merged says so in its
+    `config.json` (`moka_merged`), and that counts, too: it is another base, however small the update was and in
+    whatever way the weights are packed. The sketch is `sketch_weights`: some of its digits are others
     after rounding, most are after training. `base_difference` compares two.
 
     Args:
@@ -47,7 +50,8 @@ def base_fingerprint(
         layers: see `sketch_weights`; without any, the fingerprint is the digest alone.
 
     Raises:
-        ModelError: the rotary settings are no mapping, or their rope_theta is no positive number.
+        ModelError: the rotary settings are no mapping, their rope_theta is no positive number, or `moka_merged` is no
+            list of strings.
     """
     digest = hashlib.sha256()
     numbers: dict[str, Any] = {name: hf_config.get(name) for name in _NUMBERS}
@@ -60,6 +64,8 @@ def base_fingerprint(
     if numbers["rms_norm_eps"] is None:
         numbers["rms_norm_eps"] = 1e-6  # what transformers takes where config.json is silent
     numbers["rope"] = _rope(hf_config)
+    if merged := merged_adapters(hf_config):
+        numbers["merged"] = merged
     digest.update(json.dumps(numbers, sort_keys=True).encode())
     for name in sorted(norms):
         weight = np.ascontiguousarray(norms[name], dtype=np.float32)
@@ -67,6 +73,18 @@ def base_fingerprint(
         digest.update(_bfloat16_bits(weight).tobytes())
     sketch = sketch_weights(layers or {})
     return f"{digest.hexdigest()}.{sketch}" if sketch else digest.hexdigest()
+
+
+def merged_adapters(hf_config: Mapping[str, Any]) -> list[str]:
+    """The checksums of the adapters that were merged into a model, by what its config.json says.
+
+    Raises:
+        ModelError: it says something else than a list of strings.
+    """
+    merged = hf_config.get(MERGED) or []
+    if not isinstance(merged, (list, tuple)) or not all(isinstance(entry, str) for entry in merged):
+        raise ModelError(f"config.json: {MERGED}: expected a list of checksums; got {merged!r}")
+    return list(merged)
 
 
 def base_difference(expected: str, found: str) -> str | None:
@@ -81,7 +99,8 @@ def base_difference(expected: str, found: str) -> str | None:
     """
     one, other = _parts(expected), _parts(found)
     if one[0] != other[0]:
-        return f"expected {_short(expected)}, got {_short(found)}: other architecture numbers or norm weights"
+        told_by = "other architecture numbers, norm weights or merged adapters"
+        return f"expected {_short(expected)}, got {_short(found)}: {told_by}"
     kinds = []
     for kind in sorted(set(one[1]) & set(other[1])):
         digits = one[1][kind], other[1][kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moka_core import plan_layer
 from moka_core.adapter import raise_problems
 from moka_core.errors import AdapterError
+from moka_core.fingerprint import MERGED
 from moka_core.seal import adapter_checksum
 from moka_torch.config import MokaConfig
 from moka_torch.linear import MokaLinear
@@ -74,6 +75,29 @@ def _checksum(config: MokaConfig, own: Mapping[str, Tensor], adapter_name: str) 
         parts = [part for part in name.split(".") if part != adapter_name]  # the file's keys do not name the adapter
         arrays[f"{CHECKPOINT_PREFIX}{path}.moka_{'.'.join(parts)}"] = to_numpy(tensor)
     return adapter_checksum(config.seal_text(), arrays)
+
+
+def merged_checksums(model: nn.Module, configs: Mapping[str, Any], adapter_names: Sequence[str]) -> list[str]:
+    """The checksums of the adapters that are merged already or of these names, as they would be saved now."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MokaLinear)]
+    before = [name for layer in layers for name in layer.merged_adapters]
+    checksums = []
+    for name in dict.fromkeys([*before, *adapter_names]):
+        own = {}
+        for path, layer in adapted_layers(model, name).items():
+            layer.factors(name)  # refuses those without values, and shards
+            for key, tensor in layer.tensors(name).items():
+                own[f"{path}.moka_{key}"] = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if own:
+            checksums.append(_checksum(configs[name], own, name))
+    return checksums
+
+
+def mark_merged(model: nn.Module, checksums: Sequence[str]) -> None:
+    """Note in a transformers model's config what was merged into it: see `moka_core.base_fingerprint`."""
+    config = getattr(model, "config", None)
+    if checksums and config is not None:
+        setattr(config, MERGED, [*(getattr(config, MERGED, None) or ()), *checksums])
 
 
 def check_unchanged(layers: Mapping[str, MokaLinear], config: MokaConfig, adapter_name: str) -> None:

@@ -33,7 +33,7 @@ from moka_torch.fingerprint import check_fingerprint, quantisation
 from moka_torch.linear import BASE, MokaLinear
 from moka_torch.loading import adapted_layers, check_file, check_state_dict
 from moka_torch.merge import untie
-from moka_torch.saving import own_tensors
+from moka_torch.saving import mark_merged, merged_checksums, own_tensors
 from moka_torch.targets import check_adapter_name, refuse_module
 
 PREFIX = "moka_"
@@ -217,7 +217,11 @@ class MokaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._check_known(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        names = (adapter_names or self.active_adapters) if merge else []
+        merged = merged_checksums(self.model, self.peft_config, names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        mark_merged(model, merged)
+        return model
 
     def _check_known(self, adapter_names: list[str] | None) -> None:
         unknown = sorted(set(adapter_names or ()) - set(self.peft_config))

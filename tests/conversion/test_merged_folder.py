@@ -24,6 +24,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 import conversion.merged_folder
 import conversion.shards
 from conversion import MergeError, MergeReport, merge_folder, open_base, save_adapter
+from conversion.adapter_folder import folder_config
 from conversion.bitsandbytes_state import to_bitsandbytes
 from moka_core import (
     Adapter,
@@ -32,11 +33,13 @@ from moka_core import (
     ModelError,
     MokaConfig,
     Nf4Weight,
+    base_difference,
     dequantise_nf4,
     quantise_nf4,
 )
 from moka_core.delta import delta_rows
 from moka_core.oracle import dense_delta
+from moka_torch import model_fingerprint
 from moka_torch.probe import TorchProbe
 from tests.cases import CASES, random_layer
 from tests.tiny import random_adapter, save_tiny_llama
@@ -372,10 +375,11 @@ def test_a_folder_packed_alike_keeps_the_bytes_of_layers_without_an_adapter(
 
 
 def test_the_config_is_what_transformers_writes(
-    packed_bases: dict[str, Path], reports: dict[str, MergeReport], computed: dict[str, Any]
+    adapter: Adapter, packed_bases: dict[str, Path], reports: dict[str, MergeReport], computed: dict[str, Any]
 ) -> None:
     for name, base in (("packed-to-packed", "packed"), ("partly-to-packed", "partly")):
         ours = json.loads((reports[name].folder / "config.json").read_text())
+        assert ours.pop("moka_merged") == [folder_config(adapter)["checksum"]], name
         assert ours == json.loads((packed_bases[base] / "config.json").read_text()), name
     assert "partly-to-packed/model.layers.0.self_attn.q_proj" in computed
     assert "partly-to-packed/model.layers.1.self_attn.q_proj" not in computed
@@ -446,7 +450,7 @@ def test_shards_and_their_index(reports: dict[str, MergeReport]) -> None:
 
 
 def test_what_belongs_to_the_tokenizer_is_taken_over_and_the_rest_is_told(
-    base: Path, reports: dict[str, MergeReport]
+    base: Path, adapter: Adapter, reports: dict[str, MergeReport]
 ) -> None:
     report = reports["bfloat16"]
     assert set(report.copied) == {
@@ -462,7 +466,7 @@ def test_what_belongs_to_the_tokenizer_is_taken_over_and_the_rest_is_told(
         if (base / name).is_file():
             assert (report.folder / name).read_bytes() == (base / name).read_bytes()
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (base, report.folder))
-    assert ours == {**theirs, "dtype": "bfloat16"}
+    assert ours == {**theirs, "dtype": "bfloat16", "moka_merged": [folder_config(adapter)["checksum"]]}
     assert {path.stat().st_mode & 0o777 for path in report.folder.iterdir() if path.is_file()} == {0o644}
 
 
@@ -474,6 +478,7 @@ def test_the_dtype_is_named_as_the_base_names_it(tmp_path: Path, base: Path, ada
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
     merge_folder(adapter, open_base(folder), tmp_path / "out", dtype="float16")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
+    del found["moka_merged"]
     assert found == {**config, **dict.fromkeys(fields or ["torch_dtype"], "float16")}
 
 
@@ -673,6 +678,25 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, base
 
 
 def test_merging_the_same_adapter_once_more_is_refused(tmp_path: Path, base: Path, adapter: Adapter) -> None:
-    merge_folder(adapter, open_base(base), tmp_path / "merged", dtype="float32")
-    merged = open_base(tmp_path / "merged")
-    refused(AdapterError, "but other linear weights: .*q_proj in ", adapter, merged, tmp_path / "twice")
+    """However small it is, and though 4 bits lose it: the linear weights alone would not tell."""
+    small = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, scale=1e-5))
+    for name, options in (("dense", {}), ("packed", {"pack": "nf4-double"})):
+        merge_folder(small, open_base(base), tmp_path / name, **options)
+        merged = open_base(tmp_path / name)
+        assert base_difference(merged.fingerprint, f"{merged.fingerprint[:64]}.{small.base_fingerprint[65:]}") is None
+        message = "other architecture numbers, norm weights or merged adapters"
+        refused(AdapterError, message, small, merged, tmp_path / "twice")
+        merge_folder(small, merged, tmp_path / f"{name}-twice", allow_other_base=True)
+        config = json.loads((tmp_path / f"{name}-twice" / "config.json").read_text())
+        assert config["moka_merged"] == [folder_config(small)["checksum"]] * 2
+        assert open_base(tmp_path / f"{name}-twice").fingerprint[:64] != merged.fingerprint[:64]
+
+
+def test_transformers_keeps_what_was_merged(tmp_path: Path, reports: dict[str, MergeReport]) -> None:
+    for name in ("float32", "to-nf4-double"):
+        wanted = open_base(reports[name].folder).fingerprint
+        model = LlamaForCausalLM.from_pretrained(reports[name].folder, dtype=torch.float32, device_map={"": "cpu"})
+        assert model_fingerprint(model) == wanted, name
+        if name == "float32":  # transformers does not write again what it has read packed
+            model.save_pretrained(tmp_path / name)
+            assert open_base(tmp_path / name).fingerprint == wanted

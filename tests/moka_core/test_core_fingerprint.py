@@ -92,6 +92,7 @@ def renamed_norm() -> dict[str, np.ndarray]:
         pytest.param(lambda: digest(renamed_norm()), id="two layers' norms exchanged"),
         pytest.param(lambda: digest({"model.norm.weight": norms()["model.norm.weight"]}), id="a norm less"),
         pytest.param(lambda: digest(rope_theta=10000.0), id="rope theta"),
+        pytest.param(lambda: digest(moka_merged=["ab"]), id="an adapter was merged"),
         pytest.param(lambda: digest(num_hidden_layers=3), id="layers"),
         pytest.param(lambda: digest(num_key_value_heads=4), id="key heads"),
         pytest.param(lambda: digest(rms_norm_eps=1e-6), id="epsilon"),
@@ -182,6 +183,20 @@ def test_rotary_settings_that_are_none_are_refused(changes: dict[str, Any], mess
         digest(**changes)
 
 
+def test_what_was_merged_counts_in_order_and_survives_transformers() -> None:
+    assert digest(moka_merged=[]) == digest(moka_merged=None) == digest()
+    found = {digest(moka_merged=merged) for merged in (["a"], ["b"], ["a", "b"], ["b", "a"], ["a", "a"])}
+    assert len(found) == 5
+    rewritten = LlamaConfig(**{**CONFIG, "rope_scaling": None}, moka_merged=["a"]).to_dict()
+    assert base_fingerprint(rewritten, norms()) == digest(rope_scaling=None, moka_merged=["a"])
+
+
+@pytest.mark.parametrize("merged", ["ab", [1], {"a": "b"}, True, [["a"]]])
+def test_a_list_of_merged_adapters_that_is_none_is_refused(merged: Any) -> None:
+    with pytest.raises(ModelError, match="moka_merged: expected a list of checksums; got"):
+        digest(moka_merged=merged)
+
+
 def test_numbers_that_are_none_give_a_digest_and_no_foreign_error() -> None:
     assert len(base_fingerprint({"hidden_size": "64", "num_attention_heads": 0}, {})) == 64
 
@@ -228,7 +243,7 @@ LINEAR = "the architecture and the norm weights of 0123456789abcdef…, but othe
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (B, "expected 0123456789abcdef…, got fedcba9876543210…: other architecture numbers or norm weights"),
+        (B, "expected 0123456789abcdef…, got fedcba9876543210…: other architecture numbers, norm weights or merged"),
         (sketched(digest=B), "expected 0123456789abcdef…, got fedcba9876543210…: other architecture numbers"),
         ("mine", "expected 0123456789abcdef…, got mine: other architecture numbers"),
         (sketched(q=changed(Q, 26)), LINEAR + "q_proj in 26 of 64 samples"),

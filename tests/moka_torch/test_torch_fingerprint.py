@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from moka_core import base_difference
 from moka_core.architecture import Architecture
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.sketch import sampled_kind
-from moka_torch import MokaConfig, attach, export_adapter, import_adapter, model_fingerprint
+from moka_torch import MokaConfig, attach, export_adapter, import_adapter, merge, model_fingerprint
 from moka_torch.fingerprint import linear_weights
 from tests.moka_torch.conftest import logits, random_adapter
 
@@ -92,6 +93,38 @@ def test_a_merged_adapter_leaves_its_layers_without_digits(load, settings, bits)
     assert {kind for kind in KINDS if set(found[kind]) == {"."}} == {"q_proj", "v_proj", "down_proj"}
     assert all(found[kind] == wanted[kind] for kind in ("k_proj", "o_proj", "gate_proj", "up_proj"))
     model.add_adapter("two", MokaConfig(**CONFIG, base_fingerprint=model_fingerprint(load(bits))))
+
+
+@pytest.mark.filterwarnings("ignore:.*encodes it again")
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: merge(model),
+        lambda model: merge(model, dtype=torch.bfloat16),
+        lambda model: model.merge_and_unload(),
+        lambda model: (model.merge_adapter(), model.unload())[1],
+    ],
+    ids=["merge", "merge to bfloat16", "merge_and_unload", "merge_adapter and unload"],
+)
+def test_a_merged_model_is_another_base_and_says_what_was_merged(load, settings, tmp_path, bits, act):
+    adapter = random_adapter(load(), dataclasses.replace(settings, scale=1e-5), fingerprint=model_fingerprint(load()))
+    import_adapter(load(), adapter).save_pretrained(tmp_path / "adapter")
+    model = act(PeftModel.from_pretrained(load(bits), tmp_path / "adapter"))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert model.config.moka_merged == [written["checksum"]]
+    with pytest.raises(AdapterError, match="norm weights or merged adapters"):
+        PeftModel.from_pretrained(model, tmp_path / "adapter")
+    again = import_adapter(model, adapter, allow_other_base=True).merge_and_unload()
+    assert len(again.config.moka_merged) == 2
+
+
+def test_a_model_that_nothing_was_merged_into_is_its_base(load, settings):
+    adapter = random_adapter(load(), settings)
+    model = import_adapter(load(), adapter)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not hasattr(model.unload().config, "moka_merged")
 
 
 def test_what_cannot_be_looked_at_has_no_digits(load, base_folder):

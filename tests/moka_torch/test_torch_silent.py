@@ -65,7 +65,12 @@ def test_an_offloaded_model_computes_what_it_computed_before(load):
 
 def test_factors_without_values_are_not_computed_with(load):
     model = get_peft_model(load(), config(), low_cpu_mem_usage=True)
-    for use in (lambda: logits(model), model.merge_adapter, lambda: merge(model, dtype=torch.float32)):
+    for use in (
+        lambda: logits(model),
+        model.merge_adapter,
+        lambda: merge(model, dtype=torch.float32),
+        lambda: model.merge_and_unload(),
+    ):
         with pytest.raises(ModelError, match="no values yet: its factors are on the meta device"):
             use()
 
