@@ -19,10 +19,11 @@ from moka_core.oracle import stable_factor
 
 # A term of less than this share of ‖ΔW‖ is float32's rounding, and so is an error of less.
 ROUNDING = 1e-7
-# Up to this many rows or columns of R, LAPACK's whole SVD is as fast as an iteration.
+# Up to this many rows or columns of R, LAPACK's whole SVD is as fast as an iteration to the last digit.
 WHOLE_SVD = 1024
-# How far the subspace iteration goes that starts several shapes; the sweeps after it go on from there.
-START_ROUNDS, START_SPARE = 3, 4
+# How far the block Krylov iteration goes that starts several shapes, and how many columns more than terms it takes; the
+# sweeps after it go on from there.
+START_ROUNDS, START_SPARE = 6, 2
 # Exact minimisations by either factor of a shape, in each sweep; a second one costs little beside the rearrangement.
 ROUNDS = 2
 
@@ -52,7 +53,7 @@ def nearest_layer(
     plan: LayerPlan,
     config: MokaConfig,
     *,
-    tol: float = 1e-4,
+    tol: float = 2e-5,
     max_sweeps: int = 50,
     seed: int = 0,
 ) -> Nearest:
@@ -226,13 +227,16 @@ def _truncated_svd(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nearly the same, by a few rounds of subspace iteration where the matrix is large."""
-    if min(matrix.shape) <= WHOLE_SVD:
+    """Nearly the same, by a few rounds of block Krylov iteration where the matrix is large for the count.
+
+    Ref: Musco and Musco, Randomized block Krylov methods, 2015.
+    """
+    wide = count + START_SPARE
+    if 2 * (START_ROUNDS + 1) * wide > min(matrix.shape):
         return _truncated_svd(matrix, count)
-    wide = min(count + START_SPARE, *matrix.shape)
     basis = _basis(np.random.default_rng(0).normal(size=(matrix.shape[1], wide)))
     for _ in range(START_ROUNDS):
-        basis = _basis(matrix.T @ _basis(matrix @ basis))
+        basis = _basis(np.hstack([basis, matrix.T @ (matrix @ basis[:, -wide:])]))
     u, weights, vt = np.linalg.svd(matrix @ basis, full_matrices=False)
     return (u * weights)[:, :count], basis @ vt.T[:, :count]
 
