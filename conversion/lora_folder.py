@@ -60,7 +60,14 @@ _KNOWN = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
     *("ensure_weight_tying", "runtime_config"),
 }
+_SHOWN = 5
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+# What PEFT saves as well if target_modules names an embedding or the head, or if the vocabulary was resized.
+_EMBEDDING_KEY = re.compile(rf"{re.escape(PREFIX)}(.+\.)?(embed_tokens|lm_head)\.(base_layer\.)?weight")
+_TIED_HEAD = (
+    "lm_head: the base's head is its embedding (tie_word_embeddings), which no adapter changes, so its LoRA cannot be "
+    "imported: train the LoRA without lm_head in target_modules"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +98,9 @@ class LoraLayer:
         return self.scale * (self.lora_b.astype(np.float64) @ self.lora_a.astype(np.float64))
 
 
-def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[int, int]]) -> dict[str, LoraLayer]:
+def load_lora(
+    folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[int, int]], *, base: str = "the base"
+) -> dict[str, LoraLayer]:
     """The update of every layer that a PEFT LoRA adapter adapts, by the layer's path in a Hugging Face checkpoint.
 
     Ranks and alphas are those that PEFT gives a layer: of the `rank_pattern` (`alpha_pattern`) that matches its path,
@@ -101,11 +110,12 @@ def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[
     Args:
         folder: has adapter_config.json and adapter_model.safetensors.
         linear_layers: (out_features, in_features) of every linear layer of the base, by path.
+        base: what an error calls the base.
 
     Raises:
         AdapterError: a file is missing or unreadable; the config is no LoRA's, or sets what is more than such a ΔW
-            (every such field is named, with the reason); or tensors are missing, unexpected, mis-shaped, of another
-            dtype or not finite (all are listed).
+            (every such field is named, with the reason); the LoRA is sound, but for layers that the base has not; or
+            tensors are missing, unexpected, mis-shaped, of another dtype or not finite (all are listed).
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
@@ -117,11 +127,19 @@ def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[
         match = _KEY.fullmatch(key)
         if match is None:
             problems.append(f"unexpected tensor {key}{_meaning(key)}")
-        elif match["path"] not in linear_layers:
-            problems.append(f"{match['path']}: the base has no such linear layer")
-        elif match["path"] not in targeted:
-            problems.append(f"{match['path']}: {CONFIG_FILE} does not target it")
-        found.setdefault(match["path"] if match else "", {})[match["factor"] if match else key] = tensors[key]
+        else:
+            found.setdefault(match["path"], {})[match["factor"]] = tensors[key]
+    if "lm_head" in found and "lm_head" not in linear_layers:
+        problems.append(_TIED_HEAD)
+        del found["lm_head"]
+    unfit = _unfit(found, targeted, linear_layers)
+    if unfit and not problems:
+        raise AdapterError(_unfit_message(folder, base, config.get("base_model_name_or_path"), unfit))
+    for path in found:
+        if path not in linear_layers:
+            problems.append(unfit[path])
+        elif path not in targeted:
+            problems.append(f"{path}: {CONFIG_FILE} does not target it")
     layers = {}
     for path in targeted:
         ranks, alphas = _own(config, "rank_pattern", "r", path), _own(config, "alpha_pattern", "lora_alpha", path)
@@ -140,6 +158,55 @@ def load_lora(folder: str | os.PathLike[str], linear_layers: Mapping[str, tuple[
             layers[path] = LoraLayer(lora_a=found[path]["A"], lora_b=found[path]["B"], scale=scale)
     raise_problems(problems, where)
     return layers
+
+
+def stated_base(folder: str | os.PathLike[str]) -> str | None:
+    """The name or folder of the base that a LoRA was trained on, as its adapter_config.json has it; None if it has not.
+
+    Raises:
+        AdapterError: the config cannot be read, or is no LoRA's.
+    """
+    name = _read_config(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _unfit(
+    found: Mapping[str, Mapping[str, np.ndarray]], targeted: list[str], layers: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """What tells that the LoRA was trained on a base of other layers, by path."""
+    unfit = {}
+    for path, factors in found.items():
+        dims = _dims(factors)
+        if path not in layers:
+            unfit[path] = f"{path}: the base has no such linear layer"
+        elif dims not in (None, layers[path]):
+            unfit[path] = f"{path}: the LoRA is for {_by(dims)}, the base's layer is {_by(layers[path])}"
+    blocks = {_index(path, []) for path in found}
+    for path in targeted:
+        if _index(path, []) not in blocks:
+            unfit[path] = f"{path}: the LoRA has no layers of this number"
+    return unfit
+
+
+def _dims(factors: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
+    """(out, in) of the layer that a pair of factors is for; None if they are no pair."""
+    a, b = factors.get("A"), factors.get("B")
+    whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1]
+    return (len(b), a.shape[1]) if whole else None  # type: ignore[arg-type,union-attr]
+
+
+def _by(dims: tuple[int, int] | None) -> str:
+    return "x".join(map(str, dims or ()))
+
+
+def _unfit_message(folder: Path, base: str, stated: Any, unfit: Mapping[str, str]) -> str:
+    listed = list(unfit.values())[:_SHOWN]
+    more = [f"and {len(unfit) - _SHOWN} more"] if len(unfit) > _SHOWN else []
+    own = f"{stated!r}, says its {CONFIG_FILE}" if stated else f"its {CONFIG_FILE} does not name it"
+    return (
+        f"{folder}: this LoRA does not fit the base given, {base}; give the one that it was trained on ({own}). "
+        f"{len(unfit)} layer{'s' * (len(unfit) > 1)} differ{'s' * (len(unfit) == 1)}:\n  " + "\n  ".join(listed + more)
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -267,8 +334,17 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _meaning(key: str) -> str:
+    """What an unexpected tensor is, and what to do about it."""
     if "lora_embedding_" in key:
-        return " (LoRA of an embedding, which is no linear layer)"
+        return (
+            " (LoRA of an embedding, which is no linear layer and cannot be imported: train the LoRA without it in "
+            "target_modules)"
+        )
+    if _EMBEDDING_KEY.fullmatch(key):
+        return (
+            " (an embedding or head of the base, saved beside the LoRA: if it was neither resized nor trained, save "
+            "the LoRA again with save_pretrained(FOLDER, save_embedding_layers=False); else it cannot be imported)"
+        )
     return " (DoRA's)" if "lora_magnitude_vector" in key else ""
 
 

@@ -181,10 +181,70 @@ def test_everything_wrong_with_the_tensors_is_listed(plain, layers, tmp_path):
         "model.layers.1.self_attn.q_proj: lora_A: has NaN or infinite entries",
         "model.layers.1.self_attn.v_proj: lora_A: expected dtype float32, bfloat16 or float16, got int32",
         "model.layers.7.self_attn.q_proj: the base has no such linear layer",
-        "lora_embedding_A (LoRA of an embedding, which is no linear layer)",
+        "lora_embedding_A (LoRA of an embedding, which is no linear layer and cannot be imported: train",
         "lora_magnitude_vector (DoRA's)",
     ):
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "counted", "line"),
+    [
+        (
+            {"hidden_size": 192},
+            4,
+            "model.layers.0.self_attn.q_proj: the LoRA is for 128x128, the base's layer is 192x192",
+        ),
+        ({"num_hidden_layers": 1}, 2, "model.layers.1.self_attn.q_proj: the base has no such linear layer"),
+        ({"num_hidden_layers": 3}, 2, "model.layers.2.self_attn.v_proj: the LoRA has no layers of this number"),
+    ],
+    ids=["wider", "shallower", "deeper"],
+)
+def test_a_base_that_the_lora_was_not_trained_on_is_named_and_each_layer_once(
+    base, plain, tmp_path, fields, counted, line
+):
+    other = base_layers(open_base(save_tiny_llama(tmp_path / "other", **fields)))
+    with pytest.raises(AdapterError) as caught:
+        load_lora(plain, other, base="the/other")
+    told = str(caught.value)
+    assert f"{plain}: this LoRA does not fit the base given, the/other; give the one that it was trained on" in told
+    assert f"({str(base)!r}, says its adapter_config.json). {counted} layers differ:\n" in told
+    assert line in told
+    assert len(told.splitlines()) == 1 + counted
+
+
+def test_of_many_layers_that_do_not_fit_a_few_are_listed(base, tmp_path):
+    save_lora(base, tmp_path / "lora", target_modules="all-linear", r=1)
+    with pytest.raises(AdapterError) as caught:
+        load_lora(tmp_path / "lora", base_layers(open_base(save_tiny_llama(tmp_path / "other", hidden_size=192))))
+    lines = str(caught.value).splitlines()
+    assert "14 layers differ" in lines[0]
+    assert len(lines) == 1 + 5 + 1
+    assert lines[-1] == "  and 9 more"
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings", "saving", "message"),
+    [
+        (True, {}, {"save_embedding_layers": True}, "embed_tokens.weight (an embedding or head of the base"),
+        (False, {"target_modules": ["q_proj", "lm_head"]}, {}, "save_pretrained(FOLDER, save_embedding_layers=False)"),
+        (True, {"target_modules": ["q_proj", "lm_head"]}, {"save_embedding_layers": False}, "lm_head: the base's"),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}, {}, "embed_tokens.base_layer.weight (an embedding or"),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}, {}, "train the LoRA without it in target_modules"),
+    ],
+)
+def test_embeddings_and_heads_are_refused_with_the_way_out(tmp_path, tied, settings, saving, message):
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "lora", **saving)
+    layers = base_layers(open_base(base))
+    with pytest.raises(AdapterError) as caught:
+        load_lora(tmp_path / "lora", layers)
+    assert message in str(caught.value)
+    if not tied:  # the way out works
+        model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+        assert "lm_head" in load_lora(tmp_path / "again", layers)
 
 
 def test_dora_that_peft_wrote_is_refused(base, layers, tmp_path):
