@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from conversion.nearest import Nearest
 
 _SHOWN = 8
+# Seconds between two lines of progress where there is no terminal.
+TOLD_EVERY = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ def run_import(
     preset_name: str,
     settings: list[str],
     lora_terms: int,
-    quantise: str,
+    quantise: str | None,
     only_targets: bool,
     max_error: float | None,
     json_file: Path | None,
@@ -73,9 +78,14 @@ def run_import(
     from conversion import open_base, save_adapter
 
     _check_options(out, json_file, max_error, lora_terms)
-    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
+    opened = open_base(base, quantise=quantise or "nf4-double")  # type: ignore[arg-type]
+    if quantise not in (None, opened.quantisation):
+        raise ConfigError(
+            f"--quantise {quantise}: {base} is packed already, as {opened.quantisation}, and is held so; leave "
+            "--quantise out, or give the dense folder that it was packed from"
+        )
     layers = base_layers(opened)
-    lora = read_lora(source, layers)
+    lora = read_lora(source, layers, base=str(base))
     given = parse_settings(settings)
     if lora is not None:
         given.setdefault("target_modules", target_names(lora, layers))
@@ -84,6 +94,8 @@ def run_import(
         config = with_lora_terms(config, layers, lora_terms)
     plans = plan_model(config, layers)
     console = Console()
+    if lora is not None:
+        _note_base(console, source, base)
     with console.status("comparing with the base"):
         read = _read_source(source, base, lora, plans)
     if read.left_behind and not only_targets:
@@ -127,7 +139,9 @@ def base_layers(base: BaseFolder) -> dict[str, tuple[int, int]]:
     return layers
 
 
-def read_lora(source: Path, layers: dict[str, tuple[int, int]]) -> dict[str, LoraLayer] | None:
+def read_lora(
+    source: Path, layers: dict[str, tuple[int, int]], *, base: str = "the base"
+) -> dict[str, LoraLayer] | None:
     """The layers of a LoRA adapter, or None if the folder holds a model.
 
     Raises:
@@ -136,7 +150,7 @@ def read_lora(source: Path, layers: dict[str, tuple[int, int]]) -> dict[str, Lor
     from conversion.lora_folder import load_lora
 
     if (source / "adapter_config.json").is_file():
-        return load_lora(source, layers)
+        return load_lora(source, layers, base=base)
     if not (source / "config.json").is_file():
         raise AdapterError(
             f"{source}: expected a LoRA adapter of PEFT (adapter_config.json) or a model fine-tuned from the base "
@@ -175,7 +189,7 @@ def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], term
 def project(
     source: Source, config: MokaConfig, plans: dict[str, LayerPlan], console: Console
 ) -> tuple[dict[str, Nearest], dict[str, float]]:
-    """The nearest mixture of every planned layer, and ‖ΔW‖ of each.
+    """The nearest mixture of every planned layer, and ‖ΔW‖ of each; a bar on a terminal, else a line now and then.
 
     Raises:
         AdapterError: no layer has changed, so that there is nothing to project.
@@ -183,13 +197,19 @@ def project(
     from conversion.nearest import nearest_layer
 
     found, sizes = {}, {}
-    with Progress(console=console, transient=True) as progress:
+    began = told = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("nearest mixtures", total=len(plans))
         for index, (path, plan) in enumerate(plans.items()):
             delta = source.delta(path)
             sizes[path] = float(np.linalg.norm(delta))
             found[path] = nearest_layer(delta, plan, config.for_layer(path, *delta.shape), seed=index)
             progress.advance(task)
+            now, done = time.monotonic(), index + 1
+            if not console.is_terminal and now - told >= TOLD_EVERY and done < len(plans):
+                told = now
+                left = datetime.timedelta(seconds=round((now - began) / done * (len(plans) - done)))
+                console.print(f"layer {done}/{len(plans)}  left {left}", highlight=False)
     if not any(sizes.values()):
         raise AdapterError(
             f"nothing to project: ΔW = 0 on all {len(plans)} targeted layers; train from a fresh adapter, or target "
@@ -252,6 +272,20 @@ def _read_source(source: Path, base: Path, lora: dict[str, LoraLayer] | None, pl
 
     left_behind = {path: size / whole for path, size in sizes.items() if size and path not in plans}
     return Source(delta=delta, lora=lora, left_behind=left_behind)
+
+
+def _note_base(console: Console, source: Path, base: Path) -> None:
+    """Say if a LoRA names another base than the one given: it may be the same model, so this is no error."""
+    from conversion.lora_folder import stated_base
+
+    stated = stated_base(source)
+    if stated is not None and Path(stated).resolve() != base.resolve():
+        console.print(
+            f"[yellow]note[/yellow]: the LoRA was trained on {escape(repr(stated))}, says its adapter_config.json; the "
+            f"base given is {escape(repr(str(base)))}. Only on the same model does its ΔW mean the same",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _check_options(out: Path, json_file: Path | None, max_error: float | None, lora_terms: int) -> None:

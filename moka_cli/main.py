@@ -310,8 +310,12 @@ def import_(
         int, typer.Option(help="Add so many terms (out x 1) ⊗ (1 x in); as many as a LoRA's rank hold it exactly.")
     ] = 0,
     quantise: Annotated[
-        str, typer.Option(help="How the base will be held, which the adapter notes: nf4-double, nf4 or none.")
-    ] = "nf4-double",
+        str | None,
+        typer.Option(
+            help="How the base will be held, which the adapter notes: nf4-double, nf4 or none; by default as the "
+            "folder is packed, else nf4-double."
+        ),
+    ] = None,
     only_targets: Annotated[
         bool, typer.Option("--only-targets", help="Leave behind what changed beside the targeted layers.")
     ] = False,

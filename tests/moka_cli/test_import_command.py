@@ -189,6 +189,11 @@ def test_refusals(base, lora, tuned, tmp_path, capsys):
     assert "nothing to project: ΔW = 0 on all 4" in refused(
         capsys, shutil.copytree(base, tmp_path / "same"), out, *start
     )
+    narrow = save_tiny_llama(tmp_path / "narrow", hidden_size=64)
+    told = refused(capsys, lora, out, "--base", narrow)
+    assert (
+        f"this LoRA does not fit the base given, {narrow}; give the one that it was trained on ({str(base)!r}" in told
+    )
     assert "quantise: expected nf4-double, nf4 or none" in refused(capsys, lora, out, *start, "--quantise", "int8")
     save_adapter(random_adapter(open_base(base), MokaConfig(r=2, num_shapes=1)), tmp_path / "moka")
     assert "this is a MoKA adapter already" in refused(capsys, tmp_path / "moka", out, *start)
@@ -213,6 +218,38 @@ def test_pairs_that_are_none_are_refused(base, tmp_path, capsys):
     save_file(tensors, broken / "model.safetensors")
     assert "expected (128, 128), got (3, 128)" in refused(capsys, base, out, "--base", broken)
     assert not out.exists()
+
+
+def test_a_base_of_another_name_is_noted_and_progress_is_told_without_a_terminal(
+    base, lora, tmp_path, capsys, monkeypatch
+):
+    arguments = (*SMALL, "--set", "target_modules=[q_proj]", "--only-targets")
+    assert call("import", lora, tmp_path / "own", "--base", base, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "note" not in printed
+    assert "layer 1/2" not in printed
+    moved = shutil.copytree(base, tmp_path / "[moved]")
+    monkeypatch.setattr("moka_cli.import_.TOLD_EVERY", 0.0)
+    assert call("import", lora, tmp_path / "out", "--base", moved, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"note: the LoRA was trained on {str(base)!r}, says its adapter_config.json; the base given is " in printed
+    assert repr(str(moved)) in printed
+    assert "layer 1/2  left 0:00:0" in printed
+    assert "layer 2/2" not in printed
+
+
+def test_a_packed_base_is_taken_as_it_is_packed_or_refused(base, lora, tmp_path, capsys):
+    from transformers import BitsAndBytesConfig
+
+    packed = tmp_path / "packed"
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=settings).save_pretrained(packed)
+    start = (lora, tmp_path / "out", "--base", packed, *SMALL)
+    for asked in ("nf4-double", "none"):
+        told = refused(capsys, *start, "--quantise", asked)
+        assert f"--quantise {asked}: {packed} is packed already, as nf4, and is held so; leave --quantise out" in told
+    assert call("import", *start) == 0
+    assert load_adapter(tmp_path / "out").base_quantisation == "nf4"
 
 
 def test_a_packed_folder_is_no_half_of_a_pair(base, tmp_path, capsys):
