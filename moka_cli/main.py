@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -343,6 +345,10 @@ def import_(
         max_error=max_error,
         json_file=json_,
     )
+
+
+for _command in app.registered_commands:  # typer joins the lines of the first paragraph only
+    _command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", cleandoc(_command.callback.__doc__ or ""))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from typer.main import get_command
 
 import moka_cli.generate
 import moka_cli.train
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.generate import TextPieces, prompt_tokens, read_prompts
-from moka_cli.main import main
+from moka_cli.main import app, main
 from moka_cli.train import abstract_run_model, attach_fresh, load_run_model
 from moka_core import MokaConfig, plan_layer
 from moka_core.execution import plan_execution
@@ -26,6 +27,8 @@ from moka_jax import MokaParam
 from moka_jax.train import TrainConfig, load_dataset
 from tests.moka_jax.train_toys import TEMPLATE, make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama, write_run
+
+COMMANDS = get_command(app).commands
 
 
 @pytest.fixture(scope="module")
@@ -467,10 +470,12 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "export", "parity", "generate", "params"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help_with_an_example(command, capsys):
     assert call(command, "--help") == 0
     assert "Example: moka " + command in " ".join(capsys.readouterr().out.split())
+    paragraphs = COMMANDS[command].help.split("\n\n")
+    assert [text for text in paragraphs if "\n" in text] == []  # typer would show the break within a sentence
 
 
 def test_an_unforeseen_failure_ends_with_one_message_too(monkeypatch, capsys):
