@@ -180,12 +180,14 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         noted = AdapterSettings.from_dict(saved.get("adapter", {}))
         if noted.start_checksum is None:
             raise ConfigError(f"adapter.start: no such folder: {start}; expected an adapter folder")
-        settings = config.adapter.started_from(noted.moka_config(), noted.start_checksum)
+        model = Architecture.from_hf_config(open_base(config.base, quantise=config.quantise).config)
+        settings = config.adapter.started_from(noted.moka_config(), noted.start_checksum, model)
         return dataclasses.replace(config, adapter=settings), None
     adapter = load_adapter(start)
     base = open_base(config.base, quantise=config.quantise)
     check_base(adapter.base_fingerprint, base.fingerprint)
-    linear = Architecture.from_hf_config(base.config).linear_layers()
+    model = Architecture.from_hf_config(base.config)
+    linear = model.linear_layers()
     raise_problems(
         [
             f"{path}: it is for {layer.plan.key}, the base's layer is {'x'.join(map(str, linear.get(path, ['none'])))}"
@@ -194,12 +196,12 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         ],
         f"{start}: this adapter does not fit {config.base}",
     )
-    settings = config.adapter.started_from(adapter.config, folder_config(adapter)["checksum"])
-    own = settings.moka_config()
+    own = adapter.config
     if plan_model(own, linear).keys() != adapter.layers.keys():  # targets that were meant for another model
         own = dataclasses.replace(own, target_modules=tuple(adapter.layers))
-        settings = dataclasses.replace(settings, overrides=own.to_dict())
-    return dataclasses.replace(config, adapter=settings), dataclasses.replace(adapter, config=own)
+    settings = config.adapter.started_from(own, folder_config(adapter)["checksum"], model)
+    adapter = dataclasses.replace(adapter, config=settings.moka_config())
+    return dataclasses.replace(config, adapter=settings), adapter
 
 
 def attach_start(model: Llama, config: TrainConfig, start: Adapter | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moka_core import PRESETS, Architecture, ConfigError, MokaConfig, preset
+from moka_core import PRESETS, Architecture, ConfigError, MokaConfig, plan_model, preset
 from moka_core.config import RUNTIME_FIELDS, check_keys, field_values
 from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train.checks import (
@@ -47,6 +47,8 @@ FREE_FIELDS = (
 
 # Of an adapter that a run goes on from, what may be given otherwise: it says how one trains and computes, not what is.
 STARTED_FIELDS = ("dropout", *RUNTIME_FIELDS)
+# What decides the layers and their plans.
+_PLANNED_FIELDS = ("r", "num_shapes", "block_entries", "shapes", "target_modules", "r_pattern", "shapes_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,15 @@ class AdapterSettings:
     """What a run trains: a fresh adapter, of a preset and the fields in which it differs, or one that there is.
 
     Args:
-        preset: name of a preset; None for "paper", or with a `start`.
+        preset: name of a preset; None for "paper", or with a `start` for whatever that is.
         overrides: fields of `MokaConfig`; in YAML they stand beside `preset`.
         start: adapter folder that training goes on from. Of its settings only `STARTED_FIELDS` may be given otherwise;
-            others may be given as they are. None for a fresh adapter, ΔW = 0.
+            others, and a preset, may be given as they are, or as None. None for a fresh adapter, ΔW = 0.
         start_checksum: the checksum in that folder's adapter_config.json. A run notes it, and all of the
             adapter's settings in `overrides`, so that neither resuming nor exporting it needs the folder.
 
     Raises:
-        ConfigError: the preset or a field is unknown, a value is out of range, or both a preset and a start are given.
+        ConfigError: the preset or a field is unknown, or a value is out of range.
     """
 
     preset: str | None = None
@@ -73,11 +75,6 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.start is not None:
             check_path("adapter.start", self.start)
-            if self.preset is not None:
-                raise ConfigError(
-                    f"adapter.preset: expected none, as the shapes are those of adapter.start, {self.start}; "
-                    f"got {self.preset!r}"
-                )
         elif self.start_checksum is not None:
             raise ConfigError("adapter.start_checksum: expected adapter.start, the folder that it is of; got none")
         elif self.preset is None:
@@ -88,8 +85,9 @@ class AdapterSettings:
             raise ConfigError(f"adapter.start_checksum: expected text; got {self.start_checksum!r}")
         overrides = named_values(self.overrides, where="adapter.overrides")
         check_keys(overrides, [f.name for f in dataclasses.fields(MokaConfig)], where="adapter")
-        object.__setattr__(self, "overrides", dict(self.overrides))
-        if self.preset == "paper" or self.start_checksum is not None:
+        left_out = [key for key, value in overrides.items() if value is None and self.start is not None]
+        object.__setattr__(self, "overrides", {key: overrides[key] for key in overrides if key not in left_out})
+        if self.start_checksum is not None or (self.preset == "paper" and self.start is None):
             self.moka_config()
         else:
             MokaConfig.from_dict({key: value for key, value in self.overrides.items() if key != "shapes"})
@@ -110,15 +108,17 @@ class AdapterSettings:
             raise ConfigError(f"adapter.start: the shapes stand in {self.start}; see AdapterSettings.started_from")
         return MokaConfig.from_dict(self.overrides)
 
-    def started_from(self, config: MokaConfig, checksum: str) -> AdapterSettings:
+    def started_from(self, config: MokaConfig, checksum: str, model: Architecture) -> AdapterSettings:
         """These settings, once it is known what `start` holds: the checksum, and all of the adapter's settings.
 
         Args:
             config: of the adapter in the folder.
             checksum: of that adapter.
+            model: the architecture of the base.
 
         Raises:
-            ConfigError: a field contradicts the adapter, or `start_checksum` is that of another one.
+            ConfigError: the preset or a field contradicts the adapter (all that do are named), or `start_checksum` is
+                that of another one.
         """
         if self.start_checksum not in (None, checksum):
             raise ConfigError(
@@ -126,12 +126,22 @@ class AdapterSettings:
                 f"{self.start} holds another one, {checksum}"
             )
         given = field_values(self.overrides, where="adapter")
-        for name, value in given.items():
-            if name not in STARTED_FIELDS and _comparable(value) != _comparable(getattr(config, name)):
-                raise ConfigError(
-                    f"adapter.{name}: the adapter in adapter.start, {self.start}, has another; of its settings only "
-                    f"{' and '.join(STARTED_FIELDS)} can be changed, so leave adapter.{name} out"
-                )
+        others = [
+            name
+            for name, value in given.items()
+            if name not in STARTED_FIELDS and _comparable(value) != _comparable(getattr(config, name))
+        ]
+        if self.preset is not None:
+            fresh = preset(self.preset, model, **{name: given[name] for name in given if name not in others})
+            others = ["preset"] * (not _makes_the_same(fresh, config, model)) + others
+        if others:
+            names = [f"adapter.{name}" for name in others]
+            raise ConfigError(
+                f"{' and '.join(names)}: the adapter in adapter.start, {self.start}, has "
+                f"{'others' if others[1:] else 'another'}; of its settings only {' and '.join(STARTED_FIELDS)} can be "
+                f"changed, so leave {' and '.join(names)} out (on the command line: "
+                f"{' '.join(f'{name}=null' for name in names)})"
+            )
         own = {name: given[name] for name in STARTED_FIELDS if name in given}
         values = dataclasses.replace(config, **own).to_dict()
         return AdapterSettings(overrides=values, start=self.start, start_checksum=checksum)
@@ -149,6 +159,15 @@ class AdapterSettings:
         check_keys(values, [*own, *(f.name for f in dataclasses.fields(MokaConfig))], where="adapter")
         overrides = {key: value for key, value in values.items() if key not in own}
         return cls(overrides=overrides, **{key: values[key] for key in own if key in values})
+
+
+def _makes_the_same(one: MokaConfig, other: MokaConfig, model: Architecture) -> bool:
+    """Whether two configs adapt the same layers of a model with the same mixtures, however they say it."""
+    linear = model.linear_layers()
+    if plan_model(one, linear) != plan_model(other, linear):
+        return False
+    planned = {name: getattr(other, name) for name in (*_PLANNED_FIELDS, *STARTED_FIELDS)}
+    return dataclasses.replace(one, **planned) == other
 
 
 def _comparable(value: Any) -> Any:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
+import moka_core
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.train import resolve_start
-from moka_core import Adapter, AdapterError, ConfigError, MokaConfig
+from moka_core import Adapter, AdapterError, Architecture, ConfigError, MokaConfig
 from moka_jax import import_adapter
 from moka_jax.llama import load_llama
 from moka_jax.train import AdapterSettings, TrainConfig, load_dataset, read_metrics
 from moka_jax.train.batches import eval_batches
+from moka_jax.train.saved import saved_run
 from tests.moka_cli.test_commands import call
 from tests.moka_jax.train_toys import make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama, write_run
 
+ROOT = Path(__file__).parents[2]
 CONFIG = MokaConfig(r=3, num_shapes=2, dropout=0.0)
 
 
@@ -148,10 +155,7 @@ def test_targets_that_mean_more_here_become_the_adapted_layers(base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"preset": "paper", "start": "a"},
-            "adapter.preset: expected none, as the shapes are those of adapter.start, a",
-        ),
+        ({"preset": "papper", "start": "a"}, "adapter.preset: expected one of paper, paper-s; got 'papper'"),
         ({"start": ""}, "adapter.start: expected a path; got ''"),
         ({"start": 3}, "adapter.start: expected a path; got 3"),
         ({"start_checksum": "00"}, "adapter.start_checksum: expected adapter.start"),
@@ -180,12 +184,20 @@ def test_the_shapes_of_a_start_are_not_known_before_it_is_read():
         ({"scale": 2.0}, "adapter.scale: the adapter in adapter.start"),
         ({"target_modules": ["q_proj"]}, "adapter.target_modules: the adapter in adapter.start"),
         ({"shapes": {"128x128": [[3, 8, 8, 16, 16]]}}, "adapter.shapes: the adapter in adapter.start"),
+        (
+            {"preset": "paper", "gate": "uniform", "r": 3},
+            "adapter.preset and adapter.gate: the adapter in adapter.start, {start}, has others; of its settings only "
+            "dropout and execution can be changed, so leave adapter.preset and adapter.gate out (on the command line: "
+            "adapter.preset=null adapter.gate=null)",
+        ),
+        ({"preset": "paper", "r": 3, "num_shapes": 2, "scale": 1.5}, "error: adapter.scale: the adapter in"),
+        ({"preset": "paper-s"}, "adapter.preset: the adapter in adapter.start, "),
         ({"start_checksum": "0" * 64}, "expected the adapter that the run started from, checksum 000"),
     ],
 )
 def test_settings_that_contradict_the_adapter(base, start, tmp_path, settings, message, capsys):
     assert call("train", write(tmp_path, base, start, adapter=settings)) == 1
-    assert message in capsys.readouterr().err
+    assert message.replace("{start}", str(start)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -194,6 +206,61 @@ def test_settings_that_agree_with_the_adapter_are_taken(base, start, tmp_path):
     values = {key: value for key, value in adapter.config.to_dict().items() if key != "execution"}
     config, _ = resolve_start(TrainConfig.from_yaml(write(tmp_path, base, start, adapter=values)))
     assert config.adapter.moka_config() == adapter.config
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "settings"),
+    [
+        ("paper", {}, {"dropout": 0.05, "target_modules": ["v_proj", "q_proj"]}),
+        ("paper", {"r": 3, "num_shapes": 2}, {"r": 3, "num_shapes": 2}),
+        ("paper", {"r": 3}, {"preset": None, "r": None, "shapes": None, "target_modules": None}),
+        ("paper-s", {}, {}),
+    ],
+)
+def test_a_preset_that_makes_the_same_is_taken_and_null_leaves_a_setting_out(base, tmp_path, preset, given, settings):
+    opened = open_base(base)
+    config = moka_core.preset(preset, Architecture.from_hf_config(opened.config), **given)
+    adapter = random_adapter(opened, config)
+    layers = {path: (config, layer.plan) for path, layer in adapter.layers.items()}  # as an export writes it
+    adapter = dataclasses.replace(adapter, config=MokaConfig.of_layers(layers))
+    save_adapter(adapter, tmp_path / "start")
+    run = write(tmp_path, base, tmp_path / "start", adapter={"preset": preset} | settings)
+    found, _ = resolve_start(TrainConfig.from_yaml(run))
+    dropout = settings.get("dropout", config.dropout)
+    assert found.adapter.moka_config() == dataclasses.replace(adapter.config, dropout=dropout)
+    assert found.adapter.preset is None
+
+
+def test_a_preset_that_differs_in_its_scaling_alone_is_refused(base, tmp_path):
+    adapter = random_adapter(open_base(base), MokaConfig(r=10, num_shapes=5, scaling="stable"))
+    save_adapter(adapter, tmp_path / "start")
+    with pytest.raises(ConfigError, match=r"^adapter\.preset: the adapter in adapter\.start"):
+        resolve_start(TrainConfig.from_yaml(write(tmp_path, base, tmp_path / "start", adapter={"preset": "paper"})))
+
+
+def test_the_commands_of_the_docs_work_as_written(base, tmp_path, monkeypatch, capsys):
+    """With the README's config, a small model, and fewer steps."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "report/base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained("my-lora")
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])
+    short = {"steps": 2, "batch_size": 1, "eval_every": 2, "optimiser": {"learning_rate": 5e-3}}
+    settings["data"]["max_length"] = 96
+    write_run(tmp_path, base, train=12, eval=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | short))
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "docs" / "warm_start.md").read_text(), re.DOTALL)[1]
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "moka"
+        assert call(*arguments) == 0, capsys.readouterr().err
+    saved = TrainConfig.from_dict(saved_run("run")[0])
+    assert saved.adapter.start == "warm"
+    assert saved.adapter.moka_config().dropout == 0.05
 
 
 def test_an_adapter_of_another_base_or_none_at_all_is_refused_before_the_base_is_read(base, start, tmp_path):
