@@ -163,21 +163,30 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
 
     Raises:
         AdapterError: the folder holds no adapter, or one for another base or for layers that this one has not.
-        ConfigError: a setting contradicts that adapter; or the folder is gone, and the run has no checkpoint.
+        ConfigError: a setting contradicts that adapter; or the folder is gone, and the run has no checkpoint that can
+            be read.
     """
     from conversion import load_adapter, open_base
     from conversion.adapter_folder import folder_config
     from moka_core import Architecture, check_base, plan_model
     from moka_jax.train import AdapterSettings
-    from moka_jax.train.checkpoint import checkpoint_steps
-    from moka_jax.train.saved import saved_run
+    from moka_jax.train.checkpoint import CheckpointError
+    from moka_jax.train.saved import readable_settings
 
     start = config.adapter.start
     if start is None:
         return config, None
     if not Path(start).is_dir():
-        saved = saved_run(config.output)[0] if checkpoint_steps(Path(config.output) / "checkpoints") else {}
-        noted = AdapterSettings.from_dict(saved.get("adapter", {}))
+        try:
+            saved = readable_settings(config.output)
+        except CheckpointError as error:
+            checkpoints = Path(config.output) / "checkpoints"
+            raise ConfigError(
+                f"adapter.start: no such folder: {start}; expected the adapter folder that the run started from, as "
+                f"{error}\nput that folder back and delete {checkpoints} to start again from the beginning, or put a "
+                "sound checkpoint back"
+            ) from error
+        noted = AdapterSettings.from_dict((saved or {}).get("adapter", {}))
         if noted.start_checksum is None:
             raise ConfigError(f"adapter.start: no such folder: {start}; expected an adapter folder")
         model = Architecture.from_hf_config(open_base(config.base, quantise=config.quantise).config)

@@ -42,6 +42,24 @@ def saved_run(run: str | Path, *, which: Which = "last") -> tuple[dict[str, Any]
     return saved["config"], saved["meaning"]["base model"]
 
 
+def readable_settings(run: str | Path) -> dict[str, Any] | None:
+    """The settings that the newest checkpoint notes whose description can be read; None if a run has no checkpoint.
+
+    Raises:
+        CheckpointError: no checkpoint's description can be read (each is listed), or it is of another version.
+    """
+    folder = (Path(run) / "checkpoints").resolve()
+    damaged = []
+    for step in reversed(checkpoint_steps(folder)):
+        try:
+            return describe(folder / str(step))["config"]
+        except DamageError as problem:
+            damaged.append(f"{step}: {problem}")
+    if not damaged:
+        return None
+    raise CheckpointError(f"{folder}: all {len(damaged)} checkpoints are damaged:\n  " + "\n  ".join(damaged))
+
+
 def restore_adapter(run: str | Path, model: nnx.Module, *, which: Which = "last") -> int:
     """Put an adapter of a run into a model that has one attached; returns the step that it is from.
 

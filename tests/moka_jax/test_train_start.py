@@ -263,6 +263,32 @@ def test_the_commands_of_the_docs_work_as_written(base, tmp_path, monkeypatch, c
     assert saved.adapter.moka_config().dropout == 0.05
 
 
+def test_without_the_folder_an_older_checkpoint_is_gone_on_from_while_there_is_one(base, start, tmp_path, capsys):
+    folder = shutil.copytree(start, tmp_path / "start")
+    run = write(tmp_path, base, folder)
+    assert call("train", run) == 0
+    losses = held_out(tmp_path)
+    shutil.rmtree(folder)
+    newest, older = (tmp_path / "out" / "checkpoints" / step for step in ("4", "2"))
+    (newest / "_CHECKPOINT_METADATA").write_text("{}")
+    capsys.readouterr()
+    assert call("train", run) == 0
+    assert "going on from step 2 of 4" in capsys.readouterr().out
+    assert held_out(tmp_path) == losses
+
+    for checkpoint in (newest, older):
+        (checkpoint / "_CHECKPOINT_METADATA").write_text("{}")
+    assert call("train", run) == 1
+    told = capsys.readouterr().err
+    assert (
+        f"adapter.start: no such folder: {folder}; expected the adapter folder that the run started from, as " in told
+    )
+    assert "all 2 checkpoints are damaged:\n  4: its description is missing or cut off\n  2: " in told
+    assert (
+        f"put that folder back and delete {tmp_path / 'out' / 'checkpoints'} to start again from the beginning" in told
+    )
+
+
 def test_an_adapter_of_another_base_or_none_at_all_is_refused_before_the_base_is_read(base, start, tmp_path):
     other = save_tiny_llama(tmp_path / "other", seed=3, vocab_size=320)
     with pytest.raises(AdapterError, match="the adapter was trained on another base model"):
