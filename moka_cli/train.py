@@ -52,9 +52,10 @@ def run_dry(config_file: Path, overrides: list[str]) -> None:
     config = TrainConfig.from_yaml(config_file, overrides)
     console = Console()
     with console.status("planning"):
-        config, _ = resolve_start(config)
+        config, start = resolve_start(config)
         planned, _ = preflight(config)
         plan = plan_memory(planned, config)
+    tell_start(console, config, start)
     table = Table("on each device", "GB", title=f"{config.base} on {plan.devices} x {plan.device}")
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIGA:.3f}")
@@ -76,6 +77,7 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     planned, tokenizer = preflight(config)
     plan_weights(planned).check()
     console.quiet = not is_first()
+    tell_start(console, config, start)
     with console.status(f"loading {config.base}"):
         model = load_run_model(config)
     attach_start(model, config, start)
@@ -211,6 +213,20 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     settings = config.adapter.started_from(own, folder_config(adapter)["checksum"], model)
     adapter = dataclasses.replace(adapter, config=settings.moka_config())
     return dataclasses.replace(config, adapter=settings), adapter
+
+
+def tell_start(console: Console, config: TrainConfig, start: Adapter | None) -> None:
+    """Say if a run holds its base in another way than the adapter's training did."""
+    from conversion import open_base
+
+    held = open_base(config.base, quantise=config.quantise).quantisation
+    if start is not None and start.base_quantisation not in (None, held):
+        console.print(
+            f"[yellow]note[/yellow]: the adapter in adapter.start was trained on a base held as "
+            f"{start.base_quantisation}; this run holds it as {held} (quantise), on which it computes something else",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def attach_start(model: Llama, config: TrainConfig, start: Adapter | None) -> None:

@@ -263,6 +263,17 @@ def test_the_commands_of_the_docs_work_as_written(base, tmp_path, monkeypatch, c
     assert saved.adapter.moka_config().dropout == 0.05
 
 
+def test_another_way_to_hold_the_base_is_told(base, start, tmp_path, capsys):
+    adapter = dataclasses.replace(load_adapter(start), base_quantisation="nf4-double")
+    save_adapter(adapter, tmp_path / "start")
+    run = write(tmp_path, base, tmp_path / "start")
+    assert call("train", run, "--dry-run") == 0
+    assert "note" not in capsys.readouterr().out
+    assert call("train", run, "--dry-run", "quantise=none") == 0
+    told = "note: the adapter in adapter.start was trained on a base held as nf4-double; this run holds it as none"
+    assert told in capsys.readouterr().out
+
+
 def test_without_the_folder_an_older_checkpoint_is_gone_on_from_while_there_is_one(base, start, tmp_path, capsys):
     folder = shutil.copytree(start, tmp_path / "start")
     run = write(tmp_path, base, folder)
