@@ -272,14 +272,18 @@ class MokaConfig(PeftConfig):
     def stated(
         self, plans: Mapping[str, moka_core.LayerPlan], base_fingerprint: str | None, base_quantisation: str | None
     ) -> MokaConfig:
-        """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`."""
+        """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`.
+
+        One that is not trained here (`inference_mode`) stays what it was: no base is made up for it if none was known.
+        """
         copied, core = copy.deepcopy(self), self.to_core()
         layers = {p: (core.for_layer(p, plan.out_features, plan.in_features), plan) for p, plan in plans.items()}
         copied._take(moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale))
         copied.layers = {path: plan.key for path, plan in plans.items()}
-        copied.base_fingerprint = base_fingerprint
-        if not (self.inference_mode and self.base_quantisation):  # one that is not trained here stays what it was
-            copied.base_quantisation = base_quantisation
+        if not self.inference_mode:
+            copied.base_fingerprint, copied.base_quantisation = base_fingerprint, base_quantisation
+        elif self.base_fingerprint is not None:
+            copied.base_fingerprint = base_fingerprint
         given = (self.filled_in or {}).get("given") or self._values()
         copied.filled_in = {**(self.filled_in or {}), "given": given, "stated": copied._values()}
         return copied

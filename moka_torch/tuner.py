@@ -305,6 +305,8 @@ class MokaModel(BaseTuner):
         rates = sorted({config.dropout for config in configs} if dropout is None else {dropout})
         if len(rates) > 1:
             raise ConfigError(f"dropout: the adapters have {' and '.join(map(str, rates))}; say which it should be")
+        ways = {config.base_quantisation for config in configs}
+        fingerprints = [config.base_fingerprint for config in configs if config.base_fingerprint is not None]
         kinds = {config.to_core().identity for config in configs}
         identity: Identity = kinds.pop() if len(kinds) == 1 else "none"
         layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, MokaLinear)}
@@ -318,8 +320,8 @@ class MokaModel(BaseTuner):
             moka_core.MokaConfig.of_layers(settings),
             task_type=configs[0].task_type,
             base_model_name_or_path=configs[0].base_model_name_or_path,
-            base_fingerprint=configs[0].base_fingerprint,
-            base_quantisation=configs[0].base_quantisation,
+            base_fingerprint=fingerprints[0] if fingerprints else None,
+            base_quantisation=ways.pop() if len(ways) == 1 else None,
             layers={path: plan.key for path, (_, plan, _) in combined.items()},
             inference_mode=True,
         )

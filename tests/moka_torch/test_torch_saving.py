@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -260,6 +261,43 @@ def test_tensors_of_a_config_without_layers_and_checksum_are_refused(load, folde
 def test_a_base_held_in_another_way_is_told(load, folder):
     with pytest.warns(UserWarning, match="was trained on a base held as 'none'; this one is held as 'nf4-double'"):
         PeftModel.from_pretrained(load(4), folder)
+
+
+def test_a_base_that_was_never_known_is_not_made_up_by_saving_again(load, folder, tmp_path):
+    anonymous = dataclasses.replace(load_adapter(folder), base_fingerprint=None, base_quantisation=None)
+    save_adapter(anonymous, tmp_path / "anonymous")
+    for trainable, known in ((False, (None, None)), (True, (load_adapter(folder).base_fingerprint, "none"))):
+        model = PeftModel.from_pretrained(load(), tmp_path / "anonymous", is_trainable=trainable)
+        model.save_pretrained(tmp_path / "again")
+        again = load_adapter(tmp_path / "again")
+        assert (again.base_fingerprint, again.base_quantisation) == known
+        exported = export_adapter(model)
+        assert (exported.base_fingerprint, exported.base_quantisation) == known
+
+
+def test_a_sum_of_adapters_trained_on_bases_held_in_different_ways_states_none(load, folder, tmp_path):
+    """And the base's fingerprint as far as it is known."""
+    own = load_adapter(folder)
+    for name, changes in {
+        "other": {"base_quantisation": "nf4-double"},
+        "unknown": {"base_fingerprint": None, "base_quantisation": None},
+        "same": {},
+    }.items():
+        save_adapter(dataclasses.replace(own, **changes), tmp_path / name)
+    model = PeftModel.from_pretrained(load(), tmp_path / "unknown", "unknown")
+    with pytest.warns(UserWarning, match="held as 'nf4-double'"):
+        model.load_adapter(tmp_path / "other", "other")
+    model.load_adapter(tmp_path / "same", "same")
+    model.load_adapter(folder, "own")
+    for names, fingerprint, way in (
+        (["own", "same"], own.base_fingerprint, "none"),
+        (["own", "other"], own.base_fingerprint, None),
+        (["unknown", "own"], own.base_fingerprint, None),
+        (["unknown"], None, None),
+    ):
+        model.add_weighted_adapter(names, [1.0] * len(names), "-".join([*names, "sum"]))
+        summed = export_adapter(model, "-".join([*names, "sum"]))
+        assert (summed.base_fingerprint, summed.base_quantisation) == (fingerprint, way), names
 
 
 @pytest.mark.parametrize("kind", ["float8", "packed under another name"])
