@@ -1,0 +1,7 @@
+"""Does it learn? One base, one data path, one trainer and one budget of tuning for every method.
+
+    python -m benchmarks.accuracy.study --base report/base --data ../shared/data
+
+`tasks` reads and splits the data, `scoring` is the likelihood of answers, `methods` names the adapters, `training` is
+one run, `study` the queue of runs, a row a run in a file of JSON lines, and `tables` what is made of the rows.
+"""

@@ -1,0 +1,73 @@
+"""The methods that are compared, each as a config of PEFT's and the learning rates that are tried for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoKrConfig, LoraConfig, PeftConfig
+
+from moka_core import Architecture, preset
+from moka_torch import MokaConfig
+
+WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # of the paper's baseline
+NARROW = ["q_proj", "v_proj"]  # of the preset `paper`
+LORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+MOKA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of the comparison.
+
+    Args:
+        about: what it is, for the table.
+        config: PEFT's config of it on a model of that architecture.
+        rates: the learning rates to try, as many for each method.
+    """
+
+    about: str
+    config: Callable[[Architecture], PeftConfig]
+    rates: tuple[float, ...]
+
+
+def _lora(rank: int, targets: list[str], **options: Any) -> Callable[[Architecture], PeftConfig]:
+    return lambda model: LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, **options)
+
+
+def _lokr(rank: int, factor: int) -> Callable[[Architecture], PeftConfig]:
+    return lambda model: LoKrConfig(r=rank, alpha=rank, decompose_factor=factor, target_modules=NARROW)
+
+
+def _moka(name: str = "paper", **changes: Any) -> Callable[[Architecture], PeftConfig]:
+    return lambda model: MokaConfig.from_core(dataclasses.replace(preset(name, model), **changes))
+
+
+METHODS = {
+    "qlora-32": Method(about="LoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE), rates=LORA_RATES),
+    "moka-paper": Method(about="MoKA, preset `paper`: r=10 on q, v", config=_moka(), rates=MOKA_RATES),
+    "qlora-matched": Method(
+        about="LoRA r=9 on q, v: about as many parameters as `paper`", config=_lora(9, NARROW), rates=LORA_RATES
+    ),
+    "moka-uniform": Method(about="MoKA `paper` with a uniform gate", config=_moka(gate="uniform"), rates=MOKA_RATES),
+    "moka-s": Method(about="MoKA_s, preset `paper-s`", config=_moka("paper-s"), rates=MOKA_RATES),
+    "moka-s-small": Method(
+        about="MoKA_s with blocks of about 512 entries, r=8: fewer parameters than `paper`",
+        config=_moka("paper-s", block_entries=512),
+        rates=MOKA_RATES,
+    ),
+    "qdora-32": Method(about="DoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE, use_dora=True), rates=LORA_RATES),
+    "lokr": Method(
+        about="LoKr on q, v: 4 x 4 times low rank 36, about as many parameters as `paper`",
+        config=_lokr(36, 4),
+        rates=MOKA_RATES,
+    ),
+    "moka-stable": Method(about="MoKA `paper`, stable scaling", config=_moka(scaling="stable"), rates=MOKA_RATES),
+    "moka-wide": Method(
+        about="MoKA r=10 on q, k, v, up, down", config=_moka(target_modules=tuple(WIDE)), rates=MOKA_RATES
+    ),
+    "moka-r5": Method(about="MoKA r=5, five shapes, on q, v", config=_moka(r=5), rates=MOKA_RATES),
+    "moka-one-shape": Method(about="MoKA r=10, one shape, on q, v", config=_moka(num_shapes=1), rates=MOKA_RATES),
+}

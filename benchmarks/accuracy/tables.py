@@ -1,0 +1,187 @@
+"""The table and the picture of the accuracy study, from its rows.
+
+    python -m benchmarks.accuracy.tables
+
+Intervals are 95 % percentiles of a bootstrap that draws seeds and questions: what another seed and another test of the
+same kind would give. A difference is taken question by question against `REFERENCE`, so that what is hard for both
+does not count. Results: results/accuracy_smollm2-135m.md, docs/accuracy.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.study import BASE, ROWS, chosen_rate, read_rows
+from benchmarks.harness import note, table
+
+REFERENCE = "qlora-32"
+DRAWS = 10_000
+PICTURE = Path(__file__).parents[2] / "docs" / "accuracy.png"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    arguments = parser.parse_args(argv)
+    rows = read_rows(arguments.rows)
+    text = markdown(rows)
+    arguments.rows.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(rows, arguments.picture)
+    note(text)
+
+
+def markdown(rows: Rows) -> str:
+    """A table of the test and one of the tries on validation for each task."""
+    parts = ["# Accuracy study", _setting(rows)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        parts += [f"## {task}", _base_line(rows, task), _test_table(rows, task)]
+        parts += ["Tries on validation: learning rate, loss of the right answers, accuracy", _tries_table(rows, task)]
+    return "\n\n".join(parts) + "\n"
+
+
+def test_rows(rows: Rows, task: str, method: str) -> list[Mapping[str, Any]]:
+    """The rows of a method's test, by seed, at the learning rate that validation chose."""
+    epochs = {row["epochs"] for row in rows if row["method"] != BASE}
+    found = []
+    for count in epochs:
+        rate = chosen_rate(rows, task, method, count)  # type: ignore[arg-type]
+        found += [
+            row
+            for row in rows
+            if (row["task"], row["method"], row["split"], row.get("rate"), row.get("epochs"))
+            == (task, method, "test", rate, count)
+        ]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def answered(rows: Rows, name: str) -> np.ndarray:
+    """Whether each question was answered right, (seeds, questions)."""
+    return np.array([[int(digit) for digit in row[f"{name}_each"]] for row in rows])
+
+
+def interval(right: np.ndarray, than: np.ndarray | None = None) -> tuple[float, float, float]:
+    """The mean share of right answers, or its difference to another method's, and the ends of its 95 % interval.
+
+    Args:
+        right: (seeds, questions), 0 or 1.
+        than: of the other method, (seeds, questions); the questions are the same.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(values: np.ndarray, questions: np.ndarray) -> np.ndarray:
+        seeds = rng.integers(0, len(values), (DRAWS, len(values)))
+        by_question = np.stack([values[some].mean(axis=0) for some in seeds])
+        return np.take_along_axis(by_question, questions, axis=1).mean(axis=1)
+
+    questions = rng.integers(0, right.shape[1], (DRAWS, right.shape[1]))
+    means, mean = drawn(right, questions), right.mean()
+    if than is not None:
+        means, mean = means - drawn(than, questions), mean - than.mean()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(mean), float(low), float(high)
+
+
+def _setting(rows: Rows) -> str:
+    trained = [row for row in rows if row["method"] != BASE]
+    if not trained:
+        return "No run yet."
+    hardware = sorted({row["hardware"] for row in trained})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in trained})
+    commits = sorted({row["commit"] or "unknown" for row in trained})
+    epochs, batch = sorted({row["epochs"] for row in trained}), sorted({row["batch"] for row in trained})
+    return (
+        f"{len(trained)} runs, {epochs} epochs, batches of {batch}, float32 on a base decoded from NF4 with double "
+        f"quantisation. {'; '.join(hardware)}. {'; '.join(versions)}. Commits {', '.join(commits)}."
+    )
+
+
+def _base_line(rows: Rows, task: str) -> str:
+    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, "test")]
+    if not found:
+        return "The base alone has no row."
+    mean, low, high = interval(answered(found, "accuracy_norm"))
+    return (
+        f"The base alone: accuracy by character {_percent(mean, low, high)} %, plain "
+        f"{100 * found[0]['accuracy']:.1f} %, loss {found[0]['loss']:.3f}; {found[0]['questions']} questions."
+    )
+
+
+def _test_table(rows: Rows, task: str) -> str:
+    reference = test_rows(rows, task, REFERENCE)
+    lines = []
+    for method, what in METHODS.items():
+        own = test_rows(rows, task, method)
+        if not own:
+            continue
+        right = answered(own, "accuracy_norm")
+        difference = None
+        if reference and method != REFERENCE:
+            difference = _percent(*interval(right, answered(reference, "accuracy_norm")), sign=True)
+        losses = [row["loss"] for row in own]
+        lines.append(
+            [
+                method,
+                what.about,
+                f"{own[0]['parameters']:,}",
+                f"{own[0]['rate']:g}",
+                len(own),
+                _percent(*interval(right)),
+                difference,
+                f"{100 * answered(own, 'accuracy').mean():.1f}",
+                f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+                f"{np.median([row['train_seconds'] for row in own]):.0f} s",
+            ]
+        )
+    headers = ["method", "what", "trainable", "rate", "seeds", "accuracy by character, %", f"minus {REFERENCE}"]
+    return table([*headers, "plain, %", "loss", "training"], lines)
+
+
+def _tries_table(rows: Rows, task: str) -> str:
+    lines = []
+    for method in METHODS:
+        tried = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "validation")]
+        cells = [f"{row['rate']:g}: {row['loss']:.3f}, {100 * row['accuracy_norm']:.1f} %" for row in tried]
+        if cells:
+            lines.append([method, "; ".join(cells)])
+    return table(["method", "tries"], lines)
+
+
+def _percent(mean: float, low: float, high: float, *, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    return f"{100 * mean:{form}} ({100 * low:{form}} to {100 * high:{form}})"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Accuracy against trainable parameters, a panel a task; the base's own is a line."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(6 * len(tasks), 4.5), layout="constrained")
+    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
+        for method in METHODS:
+            own = test_rows(rows, task, method)
+            if not own:
+                continue
+            mean, low, high = (100 * value for value in interval(answered(own, "accuracy_norm")))
+            size = own[0]["parameters"]
+            axes.errorbar(size, mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
+            axes.annotate(method, (size, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        for row in rows:
+            if (row["task"], row["method"], row["split"]) == (task, BASE, "test"):
+                axes.axhline(100 * row["accuracy_norm"], color="grey", linestyle="--", label="base alone")
+        axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The accuracy study: the data are read strictly and split by source, likelihoods are the model's, rows are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.accuracy import study, tables
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.scoring import Scores, answer_log_likelihoods, encode, score
+from benchmarks.accuracy.tables import interval
+from benchmarks.accuracy.tasks import TASKS, Question, load_task
+from benchmarks.accuracy.training import Base, Run, execute, train
+from moka_core import DataError, dequantise_nf4, quantise_nf4
+from tests.moka_jax.train_toys import make_tokenizer
+from tests.tiny import save_tiny_llama
+
+LORA = METHODS["qlora-32"].rates
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_llama(tmp_path_factory.mktemp("accuracy") / "base", vocab_size=320)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums of which the same question stands there twice or three times, with other choices."""
+    folder = tmp_path_factory.mktemp("data")
+    examples = [example(f"{n % 20} plus one. Is?", right=str(n % 20 + 1), wrong=[str(n), "x"]) for n in range(50)]
+    for source in TASKS.values():
+        write(folder / source.file, examples)
+    return folder
+
+
+def example(text: str, *, right: str, wrong: list[str]) -> dict[str, Any]:
+    return {"input": text, "target_scores": {**dict.fromkeys((f"no {entry}" for entry in wrong), 0), right: 1}}
+
+
+def write(path: Path, examples: Any) -> None:
+    path.write_text(json.dumps({"examples": examples}))
+
+
+# ---- tasks
+
+
+def test_no_source_is_in_two_splits_and_every_question_in_one(data: Path) -> None:
+    task = load_task("social_iqa", data, validation=10, test=12)
+    sources = [{question.source for question in task.split(name)} for name in ("train", "validation", "test")]
+    assert not sources[0] & sources[1]
+    assert not (sources[0] | sources[1]) & sources[2]
+    sizes = [len(task.split(name)) for name in ("train", "validation", "test")]
+    assert sum(sizes) == 50
+    assert 10 <= sizes[1] < 13
+    assert 12 <= sizes[2] < 15
+    assert load_task("social_iqa", data, validation=10, test=12) == task
+    assert load_task("social_iqa", data, validation=10, test=12, seed=1) != task
+    one = next(question for question in task.train if question.source == "3 plus one")
+    assert one.prompt == "Question: 3 plus one. Is?\nAnswer:"
+    assert one.choices[one.right] == " 4"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_scores": {"a": 0, "b": 0}}, r"examples\[1\]: expected one right answer; 'q' has 0"),
+        ({"target_scores": {"a": 1, "b": 1}}, "expected one right answer; 'q' has 2"),
+        ({"target_scores": {"a": 1, "b": 0.5}}, "expected one right answer"),
+        ({"target_scores": {"a": 1, " ": 0}}, "expected choices that are not empty; one of 'q' is"),
+        ({"target_scores": {"a": 1}}, "expected at least two choices; got 1 for 'q'"),
+        ({"target_scores": {"a": 1, "a ": 0}}, "expected choices that differ; two of 'q' are equal"),
+        ({"input": " "}, "expected an `input` and `target_scores`"),
+        ({"target_scores": None}, "expected an `input` and `target_scores`"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    sound = {"input": "q", "target_scores": {"a": 1, "b": 0}}
+    write(tmp_path / TASKS["wikihow"].file, [sound, {**sound, **change}, sound])
+    with pytest.raises(DataError, match=message) as caught:
+        load_task("wikihow", tmp_path)
+    assert "1 questions cannot be asked" in str(caught.value)
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(DataError, match="no such file; --data is the folder"):
+        load_task("wikihow", tmp_path)
+    (tmp_path / TASKS["wikihow"].file).write_text("{")
+    with pytest.raises(DataError, match="expected JSON with a list `examples`"):
+        load_task("wikihow", tmp_path)
+    write(tmp_path / TASKS["wikihow"].file, [])
+    with pytest.raises(DataError, match="not empty"):
+        load_task("wikihow", tmp_path)
+    with pytest.raises(DataError, match="leave none for training"):
+        load_task("wikihow", data, test=45)
+    with pytest.raises(DataError, match="task: expected one of social_iqa"):
+        load_task("boolq", data)
+
+
+# ---- scores
+
+
+def test_likelihoods_are_the_models_whatever_is_in_the_batch(folder: Path, data: Path) -> None:
+    base = Base(folder, "cpu")
+    questions = load_task("wikihow", data, validation=10, test=12).test[:5]
+    scores = score(base.model, base.tokenizer, questions, longest=256, batch=4)
+    lost = tokens = 0.0
+    for question, found in zip(questions, scores.log_likelihoods, strict=True):
+        for choice, value in zip(question.choices, found, strict=True):
+            before = len(base.tokenizer(question.prompt).input_ids)
+            whole = torch.tensor([base.tokenizer(question.prompt + choice).input_ids])
+            with torch.no_grad():
+                logs = base.model(whole).logits[0, :-1].double().log_softmax(-1)
+            expected = logs.gather(1, whole[0, 1:, None])[before - 1 :].sum().item()
+            assert value == pytest.approx(expected, rel=1e-5)
+            if choice == question.choices[question.right]:
+                lost, tokens = lost - expected, tokens + whole.shape[1] - before
+    assert scores.loss == pytest.approx(lost / tokens, rel=1e-5)
+
+
+def test_what_is_longer_than_the_context_is_named(folder: Path) -> None:
+    base = Base(folder, "cpu")
+    long = Question(prompt="Question: " + "a" * 300, choices=(" b", " c"), right=0, source="a")
+    with pytest.raises(DataError, match=r"expected at most 256 tokens; got 312 for 'Question: aaa"):
+        base.score([long])
+    with pytest.raises(DataError, match="expected an answer that adds tokens"):
+        encode(base.tokenizer, "a", "", longest=256)
+
+
+def test_picks_and_accuracies() -> None:
+    scores = Scores(
+        log_likelihoods=[[-2.0, -3.0], [-5.0, -4.0, -9.0]], characters=[[1, 3], [2, 2, 9]], right=[0, 2], loss=1.0
+    )
+    assert (scores.picked(normalised=False), scores.accuracy(normalised=False)) == ([0, 1], 0.5)
+    assert (scores.picked(normalised=True), scores.accuracy(normalised=True)) == ([1, 2], 0.5)
+
+
+# ---- runs
+
+
+def test_the_base_is_what_nf4_decodes_to(folder: Path) -> None:
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base: Any = Base(folder, "cpu").model
+    weight = plain.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    decoded = dequantise_nf4(quantise_nf4(weight, double=True))
+    assert np.array_equal(base.model.layers[1].mlp.up_proj.weight.numpy(), decoded)
+    assert not np.array_equal(weight, decoded)
+    assert torch.equal(base.lm_head.weight, plain.lm_head.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_at_the_base_and_learns(folder: Path, data: Path, method: str) -> None:
+    base = Base(folder, "cpu")
+    task = load_task("social_iqa", data, validation=10, test=12)
+    few = dataclasses.replace(task, train=task.train[:8])
+    answers = [encode(base.tokenizer, q.prompt, q.choices[q.right], longest=256) for q in few.train[:3]]
+    with torch.no_grad():
+        start = answer_log_likelihoods(base.with_adapter(method, 0).eval(), answers, pad=0)
+        plain = answer_log_likelihoods(base.model, answers, pad=0)
+    for one, other in zip(start, plain, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    run = Run(task="social_iqa", method=method, rate=METHODS[method].rates[-1], seed=1, split="test", epochs=8, batch=4)
+    losses = train(base.with_adapter(method, 1), base, few.train, run)
+    assert len(losses) == 16
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_a_row_says_what_was_run_and_what_came_out(folder: Path, data: Path) -> None:
+    task = load_task("social_iqa", data, validation=10, test=12)
+    base, run = (
+        Base(folder, "cpu"),
+        Run(task="social_iqa", method="qlora-32", rate=1e-3, seed=1, split="test", epochs=1),
+    )
+    row = execute(run, base, task)
+    assert {key: row[key] for key in dataclasses.asdict(run)} == dataclasses.asdict(run)
+    assert row["steps"] == -(-len(task.train) // 16)
+    assert row["questions"] == len(row["accuracy_norm_each"]) == len(task.test)
+    assert row["accuracy_norm"] == row["accuracy_norm_each"].count("1") / len(task.test)
+    again = execute(run, base, task)
+    assert {**again, "train_seconds": 0} == {**row, "train_seconds": 0}, "a seed decides a run"
+
+
+def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
+    tmp_path: Path, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Run] = []
+    losses = dict(zip(LORA, (3.0, 2.0, 1.0, 2.5), strict=True))
+
+    def pretend(run: Run, base: Base, task: Any) -> dict[str, Any]:
+        done.append(run)
+        each = "10" * (len(task.split(run.split)) // 2)
+        figures = {"loss": losses[run.rate], "questions": len(each), "parameters": 7, "train_seconds": 1.0}
+        named = {
+            f"{name}{part}": value
+            for name in ("accuracy", "accuracy_norm")
+            for part, value in (("", 0.5), ("_each", each))
+        }
+        return {**dataclasses.asdict(run), **figures, **named}
+
+    monkeypatch.setattr(study, "execute", pretend)
+    monkeypatch.setattr(study, "load_task", lambda name, path: load_task(name, path, validation=10, test=12))
+    rows = tmp_path / "rows.jsonl"
+    options = ["--base", str(folder), "--data", str(data), "--rows", str(rows), "--tasks", "wikihow", "--device", "cpu"]
+    study.main([*options, "--methods", "qlora-32", "--seeds", "2", "--minutes", "0"])
+    assert not done
+    assert len(study.read_rows(rows)) == 2, "the base's rows"
+    study.main([*options, "--methods", "qlora-32", "--seeds", "2"])
+    assert [(run.rate, run.seed, run.split) for run in done] == [
+        *((rate, 0, "validation") for rate in LORA),
+        *((1e-3, seed, "test") for seed in (1, 2)),
+    ]
+    study.main([*options, "--methods", "qlora-32", "--seeds", "3"])
+    assert [(run.rate, run.seed) for run in done[6:]] == [(1e-3, 3)]
+    text = tables.markdown(study.read_rows(rows))
+    assert "| qlora-32 | LoRA r=32 on q, k, v, up, down | 7 | 0.001 | 3 | 50.0 (" in text
+    tables.draw(study.read_rows(rows), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        study.main([*options, "--methods", "lora"])
+
+
+# ---- intervals
+
+
+def test_an_interval_holds_what_is_true_nearly_as_often_as_it_says() -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(20):
+        right = (rng.random((3, 200)) < 0.4).astype(int)
+        _, low, high = interval(right)
+        held += low <= 0.4 <= high
+    assert held >= 17  # measured: 20 of 20
+
+
+def test_a_difference_does_not_count_what_is_hard_for_both() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5
+    one = np.stack([hard ^ (rng.random(400) < 0.02) for _ in range(3)]).astype(int)
+    other = np.stack([hard ^ (rng.random(400) < 0.02) for _ in range(3)]).astype(int)
+    mean, low, high = interval(one, other)
+    assert low < 0 < high
+    assert high - low < 0.04
+    alone = interval(one)
+    assert alone[2] - alone[1] > 2 * (high - low)
+    assert mean == pytest.approx(one.mean() - other.mean())
