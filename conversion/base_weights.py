@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes, spec_from_bitsandbytes
 from moka_core import ModelError, Nf4Weight, base_fingerprint, dequantise_nf4, quantise_nf4
 from moka_core.nf4 import BLOCK
+from moka_core.paths import no_file, no_folder
 from moka_core.sketch import LinearWeight
 from moka_core.tensor_spec import TensorSpec
 
@@ -370,8 +371,8 @@ def open_base(folder: str | os.PathLike[str], *, quantise: Quantise = "nf4-doubl
     root = Path(folder)
     if quantise not in ("nf4-double", "nf4", "none"):
         raise ModelError(f"quantise: expected nf4-double, nf4 or none; got {quantise!r}")
-    if not root.is_dir():
-        raise ModelError(f"{root}: no such folder; expected a Hugging Face model folder (config.json, safetensors)")
+    if why := no_folder(root):
+        raise ModelError(f"{root}: {why}; expected a Hugging Face model folder (config.json, safetensors)")
     config = _read_json(root / "config.json")
     files = _tensor_files(root)
     return BaseFolder(folder=root, quantise=quantise, config=config, files=files)
@@ -381,13 +382,13 @@ def _tensor_files(root: Path) -> dict[str, Path]:
     """The file of every tensor; as in transformers a single file goes before an index, which may be a stale one."""
     index = root / "model.safetensors.index.json"
     single = root / "model.safetensors"
-    if single.is_file():
+    if no_file(single) is None:
         try:
             with safe_open(single, framework="np") as file:
                 return dict.fromkeys(file.keys(), single)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{single}: expected a safetensors file; {error}") from error
-    if not index.is_file():
+    if no_file(index):
         others = sorted(path.name for path in root.iterdir() if path.suffix in (".bin", ".gguf", ".pth"))
         hint = f"; it has {', '.join(others)}, which must be converted to safetensors first" if others else ""
         raise ModelError(f"{root}: expected model.safetensors or model.safetensors.index.json; found neither{hint}")
@@ -395,7 +396,7 @@ def _tensor_files(root: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
         raise ModelError(f'{index}: expected weight_map {{"tensor": "file beside this one", ...}}, at least one')
     shards = {name: root / shard for name, shard in weight_map.items()}
-    missing = sorted({str(path) for path in shards.values() if not path.is_file()})
+    missing = sorted({str(path) for path in shards.values() if no_file(path)})
     if missing:
         raise ModelError(f"{index} names shards that are not there: {', '.join(missing)}")
     return shards
@@ -405,7 +406,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ModelError(f"{path}: no such file; expected a Hugging Face model folder") from None
+        raise ModelError(f"{path}: {no_file(path)}; expected a Hugging Face model folder") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):

@@ -20,6 +20,7 @@ from moka_core import AdapterError
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems
 from moka_core.config import check_finite
 from moka_core.errors import ConfigError
+from moka_core.paths import no_file
 from moka_core.plan import ALL_LINEAR, matches, matches_pattern
 
 # Fields with which ΔW is not lora_B · lora_A, or not all that the adapter does: (why, the value that does nothing).
@@ -213,7 +214,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise AdapterError(f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
+        raise AdapterError(f"{path}: {no_file(path)}; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: expected JSON; {error}") from error
     if not isinstance(values, dict):
@@ -322,10 +323,10 @@ def _index(path: str, patterns: list[str]) -> int | None:
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if why := no_file(path):
         pickle = folder / "adapter_model.bin"
         hint = f"; {pickle} is a pickle, which can run code: save it again with safe_serialization=True"
-        raise AdapterError(f"{path}: no such file{hint if pickle.is_file() else ''}")
+        raise AdapterError(f"{path}: {why}{'' if no_file(pickle) else hint}")
     try:
         with safe_open(path, framework="np") as file:
             return {key: file.get_tensor(key) for key in file.keys()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,7 @@ def folder_stop_tokens(folder: str | Path) -> list[int]:
         ModelError: a file cannot be read, or eos_token_id is not a token or a list of them.
     """
     file = Path(folder) / "generation_config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         file = Path(folder) / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +167,7 @@ def load_dataset(
 
 def check_readable(path: str | Path) -> None:
     """Raise a DataError unless a file can be read and has a line that is not blank; no more of it is read."""
-    if Path(path).is_fifo():
+    if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
         return  # what is read from a pipe is gone
     if next(_raw_lines(path), None) is None:
         raise DataError(f"{path}: {_NO_EXAMPLE}")
