@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from conversion.new_folder import new_folder, set_aside
-from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, LayerPlan, MokaConfig
+from conversion.new_folder import check_new, new_folder, set_aside
+from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, LayerPlan, MokaConfig, PathError
 from moka_core.adapter import (
     DTYPES,
     QUANTISATIONS,
@@ -30,6 +29,7 @@ from moka_core.adapter import (
     raise_problems,
 )
 from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
+from moka_core.paths import no_file
 from moka_core.seal import FORMAT_VERSION, STORED_DTYPES, adapter_checksum, check_seal, sealed_text
 
 CONFIG_FILE = "adapter_config.json"
@@ -66,7 +66,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
             dies meanwhile sees the old folder or the new one; see `conversion.new_folder`.
 
     Raises:
-        AdapterError: the adapter is not sound, or the folder exists.
+        AdapterError: the adapter is not sound.
+        PathError: the folder exists, or with `overwrite` something that is no adapter folder; or it cannot be written.
     """
     if not isinstance(adapter, Adapter):
         raise AdapterError(
@@ -75,15 +76,22 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, overwrite:
         )
     adapter.validate()
     target = Path(folder)
-    if target.exists() and not overwrite:
-        raise AdapterError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
-    if target.exists() and not (target / CONFIG_FILE).is_file() and (target.is_file() or any(target.iterdir())):
-        raise AdapterError(f"{target}: exists and is no adapter folder; it is left as it is, choose another name")
+    if not overwrite:
+        check_new(target)
+    elif os.path.exists(target) and no_file(target / CONFIG_FILE) and not _is_empty_folder(target):
+        raise PathError(f"{target}: exists and is no adapter folder; it is left as it is, choose another name")
     with new_folder(target, replace=overwrite) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(folder_config(adapter), indent=2, sort_keys=True) + "\n")
         save_file(folder_tensors(adapter), draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / WEIGHTS_FILE).chmod(0o644)
     return target
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not os.listdir(path)
+    except OSError:  # a file, or a folder of somebody else
+        return False
 
 
 def load_adapter(folder: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
@@ -253,17 +261,13 @@ def _file_of(folder: Path, name: str) -> Path:
     The Hub's cache is let pass: there a folder snapshots/<revision> has links to the files in blobs beside it.
     """
     path = folder / name
-    try:
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        there = stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):  # the latter for a name with a null byte
-        there = False
-    if not there:
-        run = (folder / "checkpoints").is_dir()
+    if why := no_file(path):
+        run = os.path.isdir(folder / "checkpoints")
         hint = f"; {folder} is a training run: moka export writes its adapter" if run else ""
-        if (aside := set_aside(folder)) is not None and not folder.exists():
+        if (aside := set_aside(folder)) is not None and not os.path.exists(folder):
             hint = f"; a process died while it replaced the folder, and {aside} is what stood there: rename it"
-        raise AdapterError(f"{path}: no such file; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}")
+        raise AdapterError(f"{path}: {why}; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}")
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and not real.is_relative_to(cache):
         raise AdapterError(f"{path}: is a link that leads out of the folder, to {real}; expected the file itself")

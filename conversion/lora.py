@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from conversion.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from conversion.low_rank import FactoredDelta, TruncatedSvd, Way, rank_for, truncated_svd
-from conversion.new_folder import new_folder
+from conversion.new_folder import check_new, new_folder
 from moka_core import Adapter, AdapterError, ConfigError
 from moka_core.adapter import DTYPE_NAMES, DTYPES
 
@@ -92,6 +92,7 @@ def export_lora(
     dtype: str = "float32",
     linear_layers: Collection[str] | None = None,
     on_layer: Callable[[str], None] = lambda path: None,
+    on_written: Callable[[Path, LoraReport], None] = lambda draft, report: None,
 ) -> LoraReport:
     """The errors of the LoRA folder that was written: adapter_config.json and adapter_model.safetensors, or nothing.
 
@@ -107,19 +108,21 @@ def export_lora(
         linear_layers: the paths of all linear layers of the base, if they are known: where the last names of the
             adapted layers match no other layer, `target_modules` then holds these names and not whole paths.
         on_layer: called with a layer's path as its work begins.
+        on_written: called with the folder where the files stand before it takes its place, and what will be returned;
+            if it raises, nothing is left.
 
     Raises:
         ConfigError: not exactly one of `rank` and `max_error`, or a number or the dtype is out of range.
         ConfigError: a rank above what any layer has.
-        AdapterError: the adapter is not sound, or the folder exists.
+        AdapterError: the adapter is not sound.
+        PathError: the folder exists, or cannot be written.
         AdapterError: `max_error` needs more than `max_rank`, or is below what `dtype` keeps; every such layer is named.
         AdapterError: a factor does not fit into float16.
     """
     _check_request(rank, max_error, max_rank, dtype)
     adapter.validate()
     target = Path(folder)
-    if target.exists():
-        raise AdapterError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
+    check_new(target)
     deltas = {path: FactoredDelta.of(layer, adapter.layer_config(path)) for path, layer in adapter.layers.items()}
     if rank is not None:
         _check_rank(rank, deltas)
@@ -129,7 +132,12 @@ def export_lora(
         rank, made = _within(deltas, max_error, max_rank, dtype, on_layer)
     report = _report(adapter, rank, dtype, [layer for layer, _ in made.values()])
     config = lora_config(adapter, rank, linear_layers=linear_layers)
-    _write(target, config, {key: array for _, tensors in made.values() for key, array in tensors.items()})
+    with new_folder(target) as draft:
+        (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {key: array for _, arrays in made.values() for key, array in arrays.items()}
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        (draft / WEIGHTS_FILE).chmod(0o644)
+        on_written(draft, report)
     return report
 
 
@@ -300,11 +308,3 @@ def _report(adapter: Adapter, rank: int, dtype: str, layers: list[LoraLayer]) ->
         layers=tuple(layers),
         notes=tuple(notes),
     )
-
-
-def _write(target: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Write both files, or none."""
-    with new_folder(target) as draft:
-        (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
-        (draft / WEIGHTS_FILE).chmod(0o644)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ from conversion.adapter_folder import folder_config
 from conversion.base_weights import BaseFolder, flax_place
 from conversion.bitsandbytes_state import to_bitsandbytes
 from conversion.merge_report import MergeError, MergeReport
-from conversion.new_folder import new_folder
+from conversion.new_folder import check_new, new_folder
 from conversion.shards import INDEX, ShardWriter
 from moka_core import (
     Adapter,
@@ -30,6 +29,7 @@ from moka_core import (
     ConfigError,
     ModelError,
     Nf4Weight,
+    PathError,
     check_base,
     dequantise_nf4,
     quantise_nf4,
@@ -102,8 +102,8 @@ def merge_folder(
         ConfigError: `dtype`, `pack` or `max_shard_bytes` is none of the above.
         AdapterError: the adapter is not sound, belongs to another base, or has layers that the base has not, or in
             other dimensions; all are listed, and nothing was read or written.
-        ModelError: the folder exists, does not fit onto the disk or cannot be written; the base cannot be read; or an
-            entry does not fit into `dtype`. Nothing is left of the folder.
+        PathError: the folder exists, does not fit onto the disk or cannot be written.
+        ModelError: the base cannot be read, or an entry does not fit into `dtype`. Nothing is left of the folder.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected {', '.join(DTYPES)}; got {dtype!r}")
@@ -112,13 +112,14 @@ def merge_folder(
     if not max_shard_bytes > 0:
         raise ConfigError(f"max_shard_bytes: expected more than 0; got {max_shard_bytes!r}")
     target = Path(out)
-    if os.path.lexists(target):
-        raise ModelError(f"{target}: expected a folder that does not exist yet; choose another name or remove it")
+    check_new(target)
     adapter.validate()
     outputs = _plan(adapter, base, dtype, pack, allow_other_base=allow_other_base)
-    carried = [name for name in CARRIED_OVER if (base.folder / name).exists()]
+    carried = [name for name in CARRIED_OVER if os.path.exists(base.folder / name)]
     total = sum(output.nbytes for output in outputs)
-    with _draft_of(target, total + sum(map(_size, (base.folder / name for name in carried)))) as draft:
+    left_out = tuple(_left_out(base, carried, outputs))
+    with new_folder(target) as draft:
+        _check_room(target, draft, total + sum(map(_size, (base.folder / name for name in carried))))
         writer, layers = ShardWriter(draft, max_shard_bytes), {}
         for output in outputs:
             writer.make_room(output.nbytes)
@@ -140,7 +141,7 @@ def merge_folder(
         bytes=writer.bytes,
         files=tuple(files),
         copied=tuple(carried),
-        left_out=tuple(_left_out(base, carried, outputs)),
+        left_out=left_out,
         notes=tuple(_notes(adapter, base, outputs)),
     )
 
@@ -229,24 +230,13 @@ def _packs(name: str, spec: TensorSpec, base: BaseFolder) -> bool:
     return spec.packing is not None if base.quantisation != "none" else place is not None and place.packable
 
 
-@contextlib.contextmanager
-def _draft_of(target: Path, size: int) -> Iterator[Path]:
-    """See `new_folder`.
-
-    Raises:
-        ModelError: there is no room for so many bytes, or the folders cannot be made or renamed.
-    """
-    standing = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(standing).free
-    if size > free:
-        raise ModelError(
-            f"{target}: expected {size / 1e9:.1f} GB of free disk space; {standing} has {free / 1e9:.1f} GB"
+def _check_room(target: Path, draft: Path, size: int) -> None:
+    disk = shutil.disk_usage(draft)
+    if disk.total and size > disk.free:  # some file systems do not say how large they are
+        raise PathError(
+            f"{target}: expected {size / 1e9:.3g} GB of free disk space; there are {disk.free / 1e9:.3g} GB; make "
+            "room, or choose another disk"
         )
-    try:
-        with new_folder(target) as draft:
-            yield draft
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written; {error}") from error
 
 
 def _write(output: _Output, base: BaseFolder, writer: ShardWriter) -> MergeError:

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
-
-from moka_core import ModelError
 
 INDEX = "model.safetensors.index.json"
 
@@ -43,11 +40,7 @@ class ShardWriter:
         self.bytes += sum(array.nbytes for array in tensors.values())
 
     def close(self) -> list[str]:
-        """The names of the files with tensors, all of them written; with more than one, there is an index, too.
-
-        Raises:
-            ModelError: a file cannot be written.
-        """
+        """The names of the files with tensors, all of them written; with more than one, there is an index, too."""
         if self._held:
             self._write()
         count = len(self._written)
@@ -65,11 +58,8 @@ class ShardWriter:
 
     def _write(self) -> None:
         path = self._draft(len(self._written))
-        try:
-            save_file(self._held, path, metadata={"format": "pt"})
-            path.chmod(0o644)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: cannot be written; {error}") from error
+        save_file(self._held, path, metadata={"format": "pt"})
+        path.chmod(0o644)
         self._written.append(list(self._held))
         self._held = {}
 

@@ -52,11 +52,13 @@ class Timer:
 
 def run_demo(output: Path, *, steps: int) -> None:
     """Every stage, reusing what an earlier run has finished; leaves report.json, pictures, adapter and metrics."""
+    from conversion.new_folder import make_folder, write_json
+
     if steps < 1:
         raise ConfigError(f"steps: expected at least 1; got {steps}")
     console = Console()
     timer = Timer()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
 
     with timer.stage("base model", console):
         made = prepare_base(output / "base")
@@ -80,7 +82,7 @@ def run_demo(output: Path, *, steps: int) -> None:
         report = check(output / "adapter", output / "base", console=console, quantise="nf4-double", train=50)
 
     summary = _summary(result, adapter, timer, report, before, after, same, output)
-    (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(output / "report.json", summary)
     _pictures(result, adapter, output)
     _print(summary, report, tokenizer, output, console)
     if not (report.passed and same):
@@ -112,6 +114,7 @@ def _train(
     output: Path, steps: int, console: Console
 ) -> tuple[Llama, PreTrainedTokenizerBase, dict[str, list[int]], TrainResult]:
     """The trained model, its tokenizer, the completions before training, and the run's result."""
+    from conversion.new_folder import make_folder, write_json
     from moka_jax.train import train
 
     config = demo_config(output, steps)
@@ -124,8 +127,8 @@ def _train(
     if before.keys() != {pair["prompt"] for pair in questions}:
         with console.status("completions before training"):
             before = _complete(model, tokenizer, questions)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(before))
+        make_folder(kept.parent)
+        write_json(kept, before)
     attach_fresh(model, config)
     result = train(model, tokenizer, config, console=console)
     if result.interrupted:
@@ -220,10 +223,13 @@ def peak_memory_gb() -> float:
 
 
 def _pictures(result: TrainResult, adapter: Adapter, output: Path) -> None:
+    from conversion.new_folder import new_file
     from moka_jax.train import plot_losses, read_metrics
 
-    plot_losses(read_metrics(result.metrics), output / "loss.png")
-    plot_gates(adapter, output / "gates.png")
+    with new_file(output / "loss.png") as draft:
+        plot_losses(read_metrics(result.metrics), draft)
+    with new_file(output / "gates.png") as draft:
+        plot_gates(adapter, draft)
 
 
 def _print(

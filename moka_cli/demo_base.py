@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 from moka_core import ModelError
@@ -21,16 +20,16 @@ def prepare_base(folder: Path) -> bool:
 
     Raises:
         ModelError: the package is not installed, or holds no GGUF file.
+        PathError: the folder cannot be written.
     """
     if (folder / "config.json").is_file():
         return False
     gguf = gguf_file()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    from conversion.new_folder import new_folder
+
+    with new_folder(folder) as draft:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
         decoded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
         config = copy.deepcopy(decoded.config)
@@ -39,9 +38,6 @@ def prepare_base(folder: Path) -> bool:
         model.load_state_dict(decoded.state_dict())
         model.generation_config = decoded.generation_config
         model.save_pretrained(draft)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return True
 
 

@@ -45,12 +45,15 @@ def build_pairs() -> list[dict[str, str]]:
 
 def write_splits(folder: Path, *, held_out: int, seed: int) -> tuple[Path, Path]:
     """train.jsonl and eval.jsonl in a folder: a fixed shuffle of `build_pairs`, the first `held_out` held out."""
+    from conversion.new_folder import make_folder, new_file
+
     pairs = build_pairs()
     random.Random(seed).shuffle(pairs)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
     for path, rows in zip(paths, (pairs[held_out:], pairs[:held_out]), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with new_file(path) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import statistics
 import time
@@ -34,6 +33,7 @@ from moka_core import (
     plan_model,
     preset,
 )
+from moka_core.paths import no_folder
 
 if TYPE_CHECKING:
     from conversion import BaseFolder
@@ -76,6 +76,7 @@ def run_import(
 ) -> None:
     """Write the adapter, and tell how near it comes, kind by kind."""
     from conversion import open_base, save_adapter
+    from conversion.new_folder import write_json
 
     _check_options(out, json_file, max_error, lora_terms)
     opened = open_base(base, quantise=quantise or "nf4-double")  # type: ignore[arg-type]
@@ -114,7 +115,7 @@ def run_import(
     )
     save_adapter(adapter, out)
     if json_file is not None:
-        json_file.write_text(json.dumps({"source": str(source), "base": str(base), **summary}, indent=2) + "\n")
+        write_json(json_file, {"source": str(source), "base": str(base), **summary})
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers"
     console.print(f"{told}\nnext: adapter: {{start: {out}}} in the config of moka train", highlight=False, markup=False)
 
@@ -149,9 +150,11 @@ def read_lora(
     """
     from conversion.lora_folder import load_lora
 
-    if (source / "adapter_config.json").is_file():
+    if why := no_folder(source):
+        raise AdapterError(f"{source}: {why}; expected the folder of a LoRA adapter or of a fine-tuned model")
+    if os.path.lexists(source / "adapter_config.json"):
         return load_lora(source, layers, base=base)
-    if not (source / "config.json").is_file():
+    if not os.path.lexists(source / "config.json"):
         raise AdapterError(
             f"{source}: expected a LoRA adapter of PEFT (adapter_config.json) or a model fine-tuned from the base "
             "(config.json); found neither"
@@ -289,10 +292,11 @@ def _note_base(console: Console, source: Path, base: Path) -> None:
 
 
 def _check_options(out: Path, json_file: Path | None, max_error: float | None, lora_terms: int) -> None:
-    if out.exists():
-        raise AdapterError(f"{out}: expected a folder that does not exist yet; choose another name or remove it")
-    if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
-        raise ConfigError(f"--json: expected a file that can be written; got {json_file}")
+    from conversion.new_folder import check_file, check_new
+
+    check_new(out)
+    if json_file is not None:
+        check_file(json_file)
     if max_error is not None and not max_error >= 0:
         raise ConfigError(f"--max-error: expected a number >= 0; got {max_error}")
     if lora_terms < 0:

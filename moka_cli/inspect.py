@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ def run_inspect(
 ) -> None:
     """Print an adapter's figures, and draw them where pictures were asked for."""
     from conversion import load_adapter
+    from conversion.new_folder import new_file
 
     for option, file in (("--png", gates_png), ("--shares-png", shares_png)):
         if file is not None:
@@ -52,9 +52,11 @@ def run_inspect(
         )
     figures = analyse(adapter, rank=rank)
     if gates_png is not None:
-        _write_picture(gates_png, lambda file: _pictures("--png").plot_gates(adapter, file))
+        with new_file(gates_png) as draft:
+            _pictures("--png").plot_gates(adapter, draft)
     if shares_png is not None:
-        _write_picture(shares_png, lambda file: _pictures("--shares-png").plot_shares(figures, file))
+        with new_file(shares_png) as draft:
+            _pictures("--shares-png").plot_shares(figures, draft)
     summary = summarise(folder, adapter, figures)
     if as_json:
         print(json.dumps(summary, indent=2, allow_nan=False))
@@ -159,24 +161,12 @@ def _pictures(option: str) -> ModuleType:
 
 def _check_picture(option: str, file: Path) -> None:
     """Refuse, before anything is computed, a picture that could not be written in the end."""
+    from conversion.new_folder import check_file
+
     _pictures(option)
-    if file.exists():
+    if os.path.lexists(file):
         raise ConfigError(f"{option} {file}: expected a file that does not exist yet; choose another name or remove it")
-    if not file.parent.is_dir():
-        raise ConfigError(f"{option} {file}: expected an existing folder; {file.parent} is none")
-
-
-def _write_picture(file: Path, draw: Callable[[Path], None]) -> None:
-    """The picture under its name once it is whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    draft = Path(name)
-    try:
-        draw(draft)
-        draft.chmod(0o644)
-        draft.rename(file)
-    finally:
-        draft.unlink(missing_ok=True)
+    check_file(file)
 
 
 def _print(

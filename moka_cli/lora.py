@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moka_core import Adapter, AdapterError, ConfigError
+from moka_core import Adapter, AdapterError
 
 if TYPE_CHECKING:
     from conversion.logits_error import LogitsError
@@ -39,14 +38,22 @@ def run_lora(
     """Write the folder, print its errors, and with a base measure what they do to the logits."""
     from conversion import load_adapter
     from conversion.lora import export_lora
+    from conversion.new_folder import check_file, write_json
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
+    if json_file is not None:
+        check_file(json_file)
     console = Console()
     loaded = load_adapter(adapter)
     linear_layers = None if base is None else base_layers(loaded, base, allow_other_base=allow_other_base)
     held = loaded.quantisation(quantise)
+    found: list[LogitsError] = []
     with console.status("approximating") as status:
+
+        def measure(draft: Path, report: LoraReport) -> None:
+            if base is not None:
+                status.update("comparing logits")
+                found.extend(measure_logits(base, adapter, [draft], quantise=held, allow_other_base=allow_other_base))
+
         report = export_lora(
             loaded,
             out,
@@ -56,19 +63,18 @@ def run_lora(
             dtype=dtype,
             linear_layers=linear_layers,
             on_layer=lambda path: status.update(f"approximating {path}"),
+            on_written=measure,
         )
     console.print(kinds_table(report))
     console.print(worst_table(report))
     for note in report.notes:
         console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
     values: dict[str, Any] = report.to_dict()
-    if base is not None:
-        with console.status("comparing logits"):
-            (measured,) = measure_logits(base, adapter, [out], quantise=held, allow_other_base=allow_other_base)
+    for measured in found:
         values["logits"] = {**measured.to_dict(), "quantise": held}
         console.print(logits_table(measured))
     if json_file is not None:
-        json_file.write_text(json.dumps(values, indent=2) + "\n")
+        write_json(json_file, values)
     console.print(
         f"{out}: LoRA of rank {report.rank}, {report.parameters:,} parameters in {report.dtype} "
         f"({report.parameters / report.moka_parameters:.1f} times the {report.moka_parameters:,} of the adapter); "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +32,10 @@ def run_merge(
 ) -> None:
     """Merge, and print what was written and what was lost."""
     from conversion import load_adapter, merge_folder, open_base
+    from conversion.new_folder import check_file, write_json
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
+    if json_file is not None:
+        check_file(json_file)
     if not max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb: expected more than 0; got {max_shard_gb}")
     console = Console()
@@ -56,7 +56,7 @@ def run_merge(
         )
     show(report, console)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        write_json(json_file, report.to_dict())
 
 
 def show(report: MergeReport, console: Console) -> None:

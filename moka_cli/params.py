@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
 from moka_core.config import field_values
 from moka_core.execution import EXECUTIONS, costs, plan_execution
+from moka_core.paths import no_file, no_folder
 from moka_core.plan import lora_parameters
 
 LORA_RANK = 32
@@ -31,7 +32,7 @@ def run_params(arch: str, preset_name: str, settings: list[str], *, explain: boo
     if explain:
         summary["execution"] = explain_execution(config, plans)
     if as_json:
-        print(json.dumps({**summary, "arch": arch, "preset": preset_name}, indent=2))
+        print(json.dumps({**summary, "arch": arch, "preset": preset_name}, indent=2, allow_nan=False))
     else:
         _print(arch, preset_name, config, plans, summary)
 
@@ -43,14 +44,14 @@ def read_architecture(arch: str) -> Architecture:
         ModelError: neither such a name nor such a folder.
     """
     path = Path(arch)
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if no_folder(path) is None else path
     if file.name != "config.json":
         return architecture(arch)
     try:
         return Architecture.from_hf_config(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ModelError(f"{file}: no such file; expected a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
+    except OSError:
+        raise ModelError(f"{file}: {no_file(file)}; expected a Hugging Face model folder") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: expected JSON; {error}") from error
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-
-from moka_core import ConfigError
 
 if TYPE_CHECKING:
     from conversion.parity import ParityReport
@@ -26,15 +23,17 @@ def run_parity(adapter: Path, base: Path, *, json_file: Path | None, trace: bool
         trace: print the difference of every module, too.
         options: of `conversion.parity.check_parity`.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: expected an existing folder; {json_file.parent} is none")
+    from conversion.new_folder import check_file, write_json
+
+    if json_file is not None:
+        check_file(json_file)
     console = Console()
     report = check(adapter, base, console=console, trace=trace, **options)
     if trace:
         console.print(modules_table(report))
     console.print(parity_table(report))
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_json(json_file, report.to_dict())
     print_verdict(report, console)
     if not report.passed:
         raise SystemExit(DISAGREE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from moka_core import Adapter, ConfigError, ModelError, base_difference
 from moka_core.adapter import raise_problems
+from moka_core.paths import no_file, no_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,8 +111,10 @@ def preflight(config: TrainConfig) -> tuple[Llama, PreTrainedTokenizerBase]:
 def run_export(run: Path, out: Path, *, base: Path | None = None, which: Which = "last") -> None:
     """Write an adapter of a run."""
     from conversion import save_adapter
+    from conversion.new_folder import check_new
     from moka_jax import export_adapter
 
+    check_new(out)
     model, step = trained_model(run, base=base, which=which)
     adapter = export_adapter(model)
     save_adapter(adapter, out)
@@ -137,8 +141,8 @@ def trained_model(run: Path, *, base: Path | None = None, which: Which = "last")
     values, fingerprint = saved_run(run, which=which)
     config = TrainConfig.from_dict(values)
     folder = config.base if base is None else base
-    if not Path(folder).is_dir():
-        raise ModelError(f"{folder}: the run's base model is not there any more; say where it is with --base FOLDER")
+    if why := no_folder(folder):
+        raise ModelError(f"{folder}: {why}; expected the run's base model; say where it is with --base FOLDER")
     opened = open_base(folder, quantise="none")
     difference = None if fingerprint is None else base_difference(fingerprint, opened.fingerprint)
     if difference is not None:
@@ -178,19 +182,19 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     start = config.adapter.start
     if start is None:
         return config, None
-    if not Path(start).is_dir():
+    if why := no_folder(start):
         try:
             saved = readable_settings(config.output)
         except CheckpointError as error:
             checkpoints = Path(config.output) / "checkpoints"
             raise ConfigError(
-                f"adapter.start: no such folder: {start}; expected the adapter folder that the run started from, as "
+                f"adapter.start: {why}: {start}; expected the adapter folder that the run started from, as "
                 f"{error}\nput that folder back and delete {checkpoints} to start again from the beginning, or put a "
                 "sound checkpoint back"
             ) from error
         noted = AdapterSettings.from_dict((saved or {}).get("adapter", {}))
         if noted.start_checksum is None:
-            raise ConfigError(f"adapter.start: no such folder: {start}; expected an adapter folder")
+            raise ConfigError(f"adapter.start: {why}: {start}; expected an adapter folder")
         model = Architecture.from_hf_config(open_base(config.base, quantise=config.quantise).config)
         settings = config.adapter.started_from(noted.moka_config(), noted.start_checksum, model)
         return dataclasses.replace(config, adapter=settings), None
@@ -305,14 +309,14 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if not Path(base).is_dir():
-        raise ModelError(f"{base}: no such folder; expected a Hugging Face model folder (config.json, safetensors)")
-    if not (Path(base) / "tokenizer.json").is_file() and not (Path(base) / "tokenizer.model").is_file():
+    if why := no_folder(base):
+        raise ModelError(f"{base}: {why}; expected a Hugging Face model folder (config.json, safetensors)")
+    if no_file(Path(base) / "tokenizer.json") and no_file(Path(base) / "tokenizer.model"):
         raise ModelError(f"{base}: expected a tokenizer (tokenizer.json or tokenizer.model); found none")
     for name in _TOKENIZER_FILES:
         file = Path(base) / name
         try:
-            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            values = json.loads(file.read_text(encoding="utf-8")) if os.path.lexists(file) else {}
         except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{file}: expected JSON, as save_pretrained of a tokenizer writes it; {error}") from error
         if not isinstance(values, dict):

@@ -3,7 +3,7 @@
 from moka_core.adapter import Adapter, LayerFactors
 from moka_core.architecture import Architecture, architecture
 from moka_core.config import MokaConfig
-from moka_core.errors import AdapterError, ConfigError, DataError, ModelError, MokaError, TargetError
+from moka_core.errors import AdapterError, ConfigError, DataError, ModelError, MokaError, PathError, TargetError
 from moka_core.fingerprint import base_difference, base_fingerprint, check_base
 from moka_core.nf4 import Nf4Weight, dequantise_nf4, quantise_nf4
 from moka_core.plan import KronShape, LayerPlan, ShapeGroup, plan_layer, plan_model
@@ -23,6 +23,7 @@ __all__ = [
     "MokaConfig",
     "MokaError",
     "Nf4Weight",
+    "PathError",
     "ShapeGroup",
     "TargetError",
     "architecture",

@@ -23,3 +23,7 @@ class DataError(MokaError):
 
 class ModelError(MokaError):
     """A model folder is missing something, or holds a model that is not supported."""
+
+
+class PathError(MokaError):
+    """A file or folder cannot be written, or stands where one is to be written."""

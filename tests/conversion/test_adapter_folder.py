@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conversion import adapter_folder, load_adapter, new_folder, save_adapter
-from moka_core import Adapter, AdapterError, KronShape, LayerFactors, LayerPlan, MokaConfig, ShapeGroup, plan_layer
+from moka_core import (
+    Adapter,
+    AdapterError,
+    KronShape,
+    LayerFactors,
+    LayerPlan,
+    MokaConfig,
+    PathError,
+    ShapeGroup,
+    plan_layer,
+)
 from moka_core.oracle import dense_delta
 from tests.cases import CASES, random_factors, random_layer
 
@@ -228,7 +239,7 @@ def test_the_tensors_are_named_and_oriented_as_specified(tmp_path: Path) -> None
 def test_an_existing_folder_is_refused_and_left_untouched(tmp_path: Path) -> None:
     folder = save_adapter(golden(), tmp_path / "a")
     before = contents(folder)
-    with pytest.raises(AdapterError, match="expected a folder that does not exist yet; choose another name"):
+    with pytest.raises(PathError, match="expected a folder that does not exist yet; choose another name"):
         save_adapter(example(), folder)
     assert contents(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["a"]
@@ -254,13 +265,13 @@ def test_overwrite_never_replaces_what_is_no_adapter_folder(kind: str, tmp_path:
     kept = target / "thesis.txt" if kind == "folder" else target
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("years of work")
-    with pytest.raises(AdapterError, match="exists and is no adapter folder; it is left as it is"):
+    with pytest.raises(PathError, match="exists and is no adapter folder; it is left as it is"):
         save_adapter(golden(), target, overwrite=True)
     assert kept.read_text() == "years of work"
 
 
 def fail(*_: object, **__: object) -> None:
-    raise OSError("no space left on device")
+    raise OSError(errno.ENOSPC, "no space left on device")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -270,7 +281,9 @@ def test_a_failure_while_writing_leaves_nothing_behind(
     folder = tmp_path / "a"
     before = contents(save_adapter(golden(), folder)) if overwrite else None
     monkeypatch.setattr(adapter_folder, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(
+        PathError, match=f"^{folder}: cannot be written; No space left on device; make room on the disk"
+    ):
         save_adapter(example(), folder, overwrite=overwrite)
     assert sorted(os.listdir(tmp_path)) == (["a"] if overwrite else [])
     if overwrite:
@@ -287,7 +300,7 @@ def test_a_failure_while_replacing_leaves_the_old_folder(
 
     def failing(self: Path, target: Path) -> Path:
         if target == folder and not self.name.endswith(".old"):
-            raise OSError("rename failed")
+            raise OSError(errno.EIO, "rename failed")
         return rename(self, target)
 
     if exchange:
@@ -295,7 +308,7 @@ def test_a_failure_while_replacing_leaves_the_old_folder(
     else:
         monkeypatch.setattr(new_folder, "_exchange", lambda *_: False)
         monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match=r"rename failed|no space left"):
+    with pytest.raises(PathError, match=r"cannot be written; (Input/output error|No space left)"):
         save_adapter(example(), folder, overwrite=True)
     assert contents(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["a"]
@@ -316,6 +329,19 @@ def test_what_a_process_left_aside_that_died_between_the_two_steps_is_named(tmp_
     folder.rename(tmp_path / ".a.x1.old")
     with pytest.raises(AdapterError, match=r"a process died while it replaced the folder, and \S+\.a\.x1\.old is what"):
         load_adapter(folder)
+
+
+def test_a_name_as_long_as_the_system_takes_and_one_with_patterns_in_it(tmp_path: Path) -> None:
+    folder = save_adapter(golden(), tmp_path / ("🙂" * 63))  # 252 bytes
+    assert bits(load_adapter(folder)) == bits(golden())
+    save_adapter(golden(), tmp_path / "[a]").rename(tmp_path / ".[a].x1.old")
+    with pytest.raises(AdapterError, match=r"a process died while it replaced the folder, and \S+\.\[a\]\.x1\.old is"):
+        load_adapter(tmp_path / "[a]")
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match=r"a\\x00b': cannot be written; no name has a null byte"):
+        save_adapter(golden(), tmp_path / "a\0b")
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
@@ -525,7 +551,9 @@ def test_a_missing_file_is_named_with_what_a_folder_has(name: str, instead: str,
     (folder / name).unlink()
     if instead == "a folder":
         (folder / name).mkdir()
-    with pytest.raises(AdapterError, match=f"{name}: no such file; an adapter folder has adapter_config.json and"):
+    with pytest.raises(
+        AdapterError, match=f"{name}: no such file(, it is a folder)?; an adapter folder has adapter_config.json"
+    ):
         load_adapter(folder)
 
 

@@ -19,7 +19,7 @@ from conversion.low_rank import (
     singular_values,
     truncated_svd,
 )
-from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, MokaConfig
+from moka_core import Adapter, AdapterError, ConfigError, LayerFactors, MokaConfig, PathError
 from moka_core.oracle import dense_delta
 from tests.cases import CASES, LayerCase, random_layer
 
@@ -319,7 +319,7 @@ def test_a_request_that_makes_no_sense_is_refused(options, message, tmp_path):
 def test_an_existing_target_is_left_alone_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(FactoredDelta, "of", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "lora").mkdir()
-    with pytest.raises(AdapterError, match="lora: expected a folder that does not exist yet"):
+    with pytest.raises(PathError, match="lora: expected a folder that does not exist yet"):
         export_lora(case_adapter(SQUARE), tmp_path / "lora", rank=4)
     assert list((tmp_path / "lora").iterdir()) == []
 
@@ -333,9 +333,9 @@ def test_factors_that_overflow_float16_are_refused_and_nothing_is_left(tmp_path)
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fails(*arguments, **settings):
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr("conversion.lora.save_file", fails)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(PathError, match="lora: cannot be written; No space left on device; make room"):
         export_lora(case_adapter(SQUARE), tmp_path / "lora", rank=4)
     assert list(tmp_path.iterdir()) == []

@@ -33,6 +33,7 @@ from moka_core import (
     ModelError,
     MokaConfig,
     Nf4Weight,
+    PathError,
     base_difference,
     dequantise_nf4,
     quantise_nf4,
@@ -587,10 +588,10 @@ def test_a_target_that_exists_is_left_alone(tmp_path: Path, base: Path, adapter:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
-        refused(ModelError, "expected a folder that does not exist yet", adapter, open_base(base), tmp_path / name)
+        refused(PathError, "expected a folder that does not exist yet", adapter, open_base(base), tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
-    refused(ModelError, r"cannot be written; \[Errno 36\]", adapter, open_base(base), tmp_path / ("x" * 300))
-    refused(ModelError, "cannot be written", adapter, open_base(base), tmp_path / "file" / "out")
+    refused(PathError, "cannot be written; File name too long", adapter, open_base(base), tmp_path / ("x" * 300))
+    refused(PathError, "cannot be written; Not a directory", adapter, open_base(base), tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(
@@ -654,7 +655,7 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion.shards, "save_file", full)
-    refused(ModelError, "cannot be written; .*No space left", adapter, open_base(base), tmp_path / "out")
+    refused(PathError, "cannot be written; .*No space left", adapter, open_base(base), tmp_path / "out")
 
 
 def test_too_small_a_disk_is_refused_first(
@@ -663,7 +664,13 @@ def test_too_small_a_disk_is_refused_first(
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(conversion.merged_folder, "_write", lambda *_: pytest.fail("begun"))
-    refused(ModelError, r"expected 0\.0 GB of free disk space", adapter, open_base(base), tmp_path / "new" / "out")
+    refused(
+        PathError,
+        r"expected 0\.00\d+ GB of free disk space; there are 1e-05 GB",
+        adapter,
+        open_base(base),
+        tmp_path / "new" / "out",
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -672,7 +679,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, base
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "theirs").touch()
 
-    with pytest.raises(ModelError, match=r"cannot be written; .*not empty"):
+    with pytest.raises(PathError, match=r"cannot be written; .*not empty; choose another name"):
         merge_folder(adapter, open_base(base), tmp_path / "out", on_tensor=appear)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 

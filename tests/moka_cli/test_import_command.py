@@ -178,7 +178,7 @@ def test_refusals(base, lora, tuned, tmp_path, capsys):
     assert "unknown preset 'papper'" in refused(capsys, lora, out, *start, "--preset", "papper")
     assert "--max-error: expected a number >= 0" in refused(capsys, lora, out, *start, "--max-error", "-1")
     nowhere = tmp_path / "nowhere" / "f.json"
-    assert "--json: expected a file that can be written" in refused(capsys, lora, out, *start, "--json", nowhere)
+    assert "f.json: expected an existing folder" in refused(capsys, lora, out, *start, "--json", nowhere)
     assert call("import", lora, out, *start, "--json", tmp_path) == 2  # a folder: typer's own refusal
     assert "is a directory" in " ".join(capsys.readouterr().err.split())
     assert "--lora-terms: expected a whole number >= 0" in refused(capsys, lora, out, *start, "--lora-terms", -1)

@@ -252,7 +252,7 @@ def test_layers_of_one_kind_with_other_shapes_get_a_panel_of_their_own(tmp_path)
             ["--png", "adapter"],
             "--png adapter: expected a file that does not exist yet; choose another name or remove it",
         ),
-        (["--shares-png", "no/where.png"], "--shares-png no/where.png: expected an existing folder; no is none"),
+        (["--shares-png", "no/where.png"], "no/where.png: expected an existing folder; no is none"),
         (["--png", "a.png", "--shares-png", "a.png"], "--png and --shares-png: expected two files; both are a.png"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from conversion import open_base, save_adapter
 from moka_cli.main import main
-from moka_core import MokaConfig
+from moka_core import AdapterError, MokaConfig
 from tests.tiny import random_adapter, save_tiny_llama
 
 CONFIG = MokaConfig(r=6, num_shapes=3, dropout=0.0, scale=0.02, target_modules=("q_proj", "v_proj"))
@@ -64,7 +64,10 @@ def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
         (["--rank", 129], "rank: expected at most 128"),
         (["--max-error", 1.5], "max_error: expected 0 < max_error < 1"),
         (["--rank", 4, "--dtype", "int8"], "dtype: expected float32, bfloat16 or float16; got 'int8'"),
-        (["--rank", 4, "--json", "nowhere/errors.json"], "expected an existing folder; nowhere is none"),
+        (
+            ["--rank", 4, "--json", "nowhere/errors.json"],
+            "nowhere/errors.json: expected an existing folder; nowhere is none",
+        ),
         (["--rank", 4, "--base", "nowhere"], "nowhere"),
     ],
 )
@@ -85,3 +88,17 @@ def test_another_base_and_an_existing_folder_are_refused(folders, tmp_path, caps
     assert call("lora", folders / "adapter", tmp_path / "lora", "--rank", 4) == 1
     assert "lora: expected a folder that does not exist yet" in capsys.readouterr().err
     assert list((tmp_path / "lora").iterdir()) == []
+
+
+def test_logits_that_cannot_be_measured_leave_nothing(folders, tmp_path, capsys, monkeypatch):
+    def fails(base, adapter, loras, **options):
+        (lora,) = loras
+        assert sorted(path.name for path in lora.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert list(tmp_path.iterdir()) == [lora], "it has its name only once it was measured"
+        raise AdapterError("they are not finite")
+
+    monkeypatch.setattr("moka_cli.lora.measure_logits", fails)
+    options = ["--rank", 4, "--base", folders / "base", "--json", tmp_path / "errors.json"]
+    assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 1
+    assert capsys.readouterr().err == "moka: error: they are not finite\n"
+    assert list(tmp_path.iterdir()) == []

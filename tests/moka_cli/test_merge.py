@@ -110,7 +110,7 @@ def test_another_base_must_be_allowed(adapter, tmp_path, capsys):
         (("--pack", "fp4"), "pack: expected nf4-double, nf4 or None; got 'fp4'"),
         (("--quantise", "int8"), "quantise: expected nf4-double, nf4 or none; got 'int8'"),
         (("--max-shard-gb", "0"), "--max-shard-gb: expected more than 0; got 0.0"),
-        (("--json", "nowhere/report.json"), "--json nowhere/report.json: expected an existing folder; nowhere is none"),
+        (("--json", "nowhere/report.json"), "nowhere/report.json: expected an existing folder; nowhere is none"),
         (("--base", "nowhere"), "nowhere: no such folder"),
     ],
 )
