@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from conversion.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from moka_core import AdapterError
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems
-from moka_core.config import check_finite
+from moka_core.config import SCALE_MAX, check_finite
 from moka_core.errors import ConfigError
 from moka_core.paths import no_file
 from moka_core.plan import ALL_LINEAR, matches, matches_pattern
@@ -145,6 +145,9 @@ def load_lora(
     for path in targeted:
         ranks, alphas = _own(config, "rank_pattern", "r", path), _own(config, "alpha_pattern", "lora_alpha", path)
         before = len(problems)
+        scale = alphas[0] / (math.sqrt(ranks[0]) if config.get("use_rslora") else ranks[0])
+        if abs(scale) > SCALE_MAX:
+            problems.append(f"{path}: expected lora_alpha / r to be a number that float32 holds; got {scale:.6g}")
         for name, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             if len(values) > 1:
                 problems.append(
@@ -152,7 +155,6 @@ def load_lora(
                     "the patterns came first is lost, since PEFT sorts them"
                 )
         rank, (out, in_) = ranks[0], linear_layers[path]
-        scale = alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         for factor, shape in (("A", (rank, in_)), ("B", (out, rank))):
             problems += _problems(found.get(path, {}).get(factor), shape, where=f"{path}: lora_{factor}")
         if len(problems) == before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import numpy as np
 
 from conversion.base_weights import BaseFolder, open_base
 from moka_core import Architecture, ModelError, base_fingerprint
+
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,20 @@ class ModelPair:
         """
         weights = {f"{path}.weight" for path in targeted}
         for name in sorted(set(self.base.specs()) - weights):
-            before, after = (folder.dense(name).astype(np.float32) for folder in (self.base, self.tuned))
-            change = float(np.linalg.norm(after - before))
+            before, after = (folder.dense(name) for folder in (self.base, self.tuned))
+            change = _norm(after, before)
             if change:
-                yield name, change / (float(np.linalg.norm(before)) or change)
+                yield name, change / (_norm(before) or change)
+
+
+def _norm(tensor: np.ndarray, less: np.ndarray | None = None) -> float:
+    """‖tensor − less‖ in float64, a piece at a time."""
+
+    def norm(start: int) -> float:
+        piece = tensor.reshape(-1)[start : start + _PIECE].astype(np.float64)
+        return float(np.linalg.norm(piece if less is None else piece - less.reshape(-1)[start : start + _PIECE]))
+
+    return math.hypot(*map(norm, range(0, tensor.size, _PIECE)))
 
 
 def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> ModelPair:

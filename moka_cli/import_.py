@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import statistics
 import time
@@ -195,7 +196,7 @@ def project(
     """The nearest mixture of every planned layer, and ‖ΔW‖ of each; a bar on a terminal, else a line now and then.
 
     Raises:
-        AdapterError: no layer has changed, so that there is nothing to project.
+        AdapterError: no layer has changed, so that there is nothing to project; or factors would not be finite.
     """
     from conversion.nearest import nearest_layer
 
@@ -206,7 +207,14 @@ def project(
         for index, (path, plan) in enumerate(plans.items()):
             delta = source.delta(path)
             sizes[path] = float(np.linalg.norm(delta))
-            found[path] = nearest_layer(delta, plan, config.for_layer(path, *delta.shape), seed=index)
+            own = config.for_layer(path, *delta.shape)
+            with np.errstate(over="ignore", invalid="ignore"):  # checked in the next line
+                found[path] = nearest_layer(delta, plan, own, seed=index)
+            if not math.isfinite(found[path].error):
+                raise AdapterError(
+                    f"{path}: its factors do not fit into float32 with scale {own.scale:g}; ‖ΔW‖ is {sizes[path]:.3g}: "
+                    "choose a scale nearer to it"
+                )
             progress.advance(task)
             now, done = time.monotonic(), index + 1
             if not console.is_terminal and now - told >= TOLD_EVERY and done < len(plans):

@@ -20,6 +20,8 @@ Scaling = Literal["none", "stable"]
 Factor = Literal["a", "b"]
 Identity = Literal["none", "a", "b"]
 
+# float32's normal numbers: with a `scale` beyond them a backend, which computes in float32, has zeros or infinities.
+SCALE_MIN, SCALE_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 # Fields that say how an adapter is computed, not what it is: a saved adapter does not hold them.
 RUNTIME_FIELDS = ("execution",)
 # Fields that a saved adapter holds only where they say something.
@@ -52,7 +54,7 @@ class MokaConfig:
         shapes: explicit plans; a layer whose (out, in) stands here takes that plan and not the rule's.
         gate: "softmax" (one learned logit a term) or "uniform" (the ungated ablation).
         scaling: "none" (the paper) or "stable" (terms of different shapes move equally far a step).
-        scale: multiplies every term; finite, not zero.
+        scale: multiplies every term; not zero, its magnitude one of float32's normal numbers.
         identity: "a" or "b" makes that factor a fixed identity that is not stored (MoKA_s).
         zero_factor: the factor that starts at zero, so that ΔW = 0 at the start.
         dropout: probability that an input of ΔW is dropped in training, 0 <= dropout < 1.
@@ -365,6 +367,10 @@ def _check_scale(name: str, value: Any) -> None:
     check_finite(name, value)
     if value == 0:
         raise ConfigError(f"{name}: expected a number other than 0; 0 would switch the adapter off for good")
+    if not SCALE_MIN <= abs(value) <= SCALE_MAX:
+        raise ConfigError(
+            f"{name}: expected a magnitude that float32 holds, {SCALE_MIN:.3g} to {SCALE_MAX:.3g}; got {value!r}"
+        )
 
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -259,3 +260,30 @@ def test_a_packed_folder_is_no_half_of_a_pair(base, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(base, quantization_config=settings).save_pretrained(tmp_path / "packed")
     told = refused(capsys, base, tmp_path / "out", "--base", tmp_path / "packed")
     assert "expected dense weights; these are NF4" in told
+
+
+def test_an_alpha_or_a_scale_beyond_float32_is_refused_by_the_layers_name(base, lora, tmp_path, capsys):
+    large = shutil.copytree(lora, tmp_path / "large")
+    config = json.loads((large / "adapter_config.json").read_text())
+    (large / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e200}))
+    told = refused(capsys, large, tmp_path / "out", "--base", base, *SMALL)
+    assert "model.layers.0.mlp.down_proj: expected lora_alpha / r to be a number that float32 holds; got 5e+199" in told
+    blocks = ("--set", "identity=a", "--set", "num_shapes=1", "--set", "scale=1.2e-38")
+    (large / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e6}))
+    told = refused(capsys, large, tmp_path / "out", "--base", base, "--set", "r=2", *blocks)
+    assert "_proj: its factors do not fit into float32 with scale 1.2e-38; ‖ΔW‖ is " in told
+    assert not (tmp_path / "out").exists()
+    for scale in ("1.0e+38", "1.2e-38"):
+        out, figures = tmp_path / scale, tmp_path / f"{scale}.json"
+        assert call("import", lora, out, "--base", base, *SMALL, "--set", f"scale={scale}", "--json", figures) == 0
+        assert 0.3 < json.loads(figures.read_text())["total"]["error"] < 1
+
+
+def test_changes_too_large_to_be_squared_in_float32_have_a_finite_share(base, tmp_path, capsys):
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e30
+    save_file(tensors, other / "model.safetensors")
+    told = refused(capsys, other, tmp_path / "out", "--base", base, *SMALL)
+    share = 1e30 / np.linalg.norm(load_file(base / "model.safetensors")["model.norm.weight"].astype(np.float64))
+    assert float(re.search(r"model\.norm\.weight: (\S+)%", told)[1]) == pytest.approx(100 * share)

@@ -52,6 +52,11 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"scale": math.nan}, "scale: expected a finite number; got nan"),
     ({"scale": math.inf}, "scale: expected a finite number; got inf"),
     ({"scale": 10**400}, "scale: expected a finite number; got 1000"),
+    *(
+        ({"scale": scale}, f"scale: expected a magnitude that float32 holds, 1.18e-38 to 3.4e+38; got {scale!r}")
+        for scale in (1e200, -1e308, 3.4028236e38, 1e-200, -1.1754942e-38)
+    ),
+    ({"scale_pattern": {"q_proj": 1e39}}, "scale_pattern[q_proj]: expected a magnitude that float32 holds"),
     ({"scale": "1"}, "scale: expected a finite number; got '1'"),
     ({"scale": True}, "scale: expected a finite number; got True"),
     ({"r_pattern": {"q_proj": 0}}, "r_pattern[q_proj]: expected a whole number >= 1; got 0"),
