@@ -32,14 +32,21 @@ class MergeError:
 
     @classmethod
     def between(cls, base: np.ndarray, delta: np.ndarray | None, merged: np.ndarray) -> MergeError:
-        """The error of some rows, from W, ΔW (None: no adapter) and W′, all float32."""
-        total = base if delta is None else base + delta
-        error = merged - total
+        """The error of some rows, from W and W′ in float32 and ΔW in float64 (None: no adapter).
+
+        >>> weight, delta = np.ones((1, 1), np.float32), np.full((1, 1), 2.0**-70)
+        >>> MergeError.between(weight, delta, weight).off  # W + ΔW is W in float32 and float64, and yet ΔW is missed
+        1.0
+        """
+        moved = np.subtract(merged, base, dtype=np.float64)
+        if delta is None:
+            return cls(total=_inner(base, base), error=_inner(moved, moved))
+        total, error = base + delta, moved - delta  # not merged − total: a small ΔW is lost in W + ΔW
         return cls(
-            total=float(np.vdot(total, total)),
-            error=float(np.vdot(error, error)),
-            update=0.0 if delta is None else float(np.vdot(delta, delta)),
-            moved=0.0 if delta is None else float(np.vdot(merged - base, delta)),
+            total=_inner(total, total),
+            error=_inner(error, error),
+            update=_inner(delta, delta),
+            moved=_inner(moved, delta),
         )
 
     def __add__(self, other: MergeError) -> MergeError:
@@ -82,6 +89,11 @@ class MergeError:
             "update_lost": self.lost,
             "error_of_update": self.off,
         }
+
+
+def _inner(one: np.ndarray, other: np.ndarray) -> float:
+    """Σ one·other in float64; not by BLAS, whose threads would get in the way of those that call this."""
+    return float(np.einsum("ij,ij->", one, other, dtype=np.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ CARRIED_OVER = (
     "additional_chat_templates",
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_PIECE = 2**20  # entries that are summed and rounded at once, in each of at most eight threads
+_PIECE = 2**19  # entries that are summed and rounded at once, in each of at most eight threads
 
 
 def merge_folder(
@@ -78,13 +78,14 @@ def merge_folder(
 ) -> MergeReport:
     """What was written and what was lost: a model folder with W + ΔW in place of W, whole or not at all.
 
-    W′ = round(W + ΔW), with W as `base` holds it (decoded from NF4, or dense), ΔW and the sum in float32, and one
-    rounding to `dtype`. Every other tensor is cast to `dtype`. With `pack`, W′ = Q(W + ΔW) in NF4 instead, for the
-    linear layers that the base holds packed or, if it holds all of them dense, for those of the transformer blocks.
-    Without an adapter and packed the same way, a layer keeps its codes and scales. The new config.json names the
-    adapter's checksum in `moka_merged`, which makes the model another base than the old one: see `base_fingerprint`.
+    W′ = round(W + ΔW), with W as `base` holds it (decoded from NF4, or dense), ΔW and the sum in float64, rounded to
+    float32 and from there to `dtype`. Every other tensor is cast to `dtype`. With `pack`, W′ = Q(W + ΔW) in NF4
+    instead, for the linear layers that the base holds packed or, if it holds all of them dense, for those of the
+    transformer blocks. Without an adapter and packed the same way, a layer keeps its codes and scales. The new
+    config.json names the adapter's checksum in `moka_merged`, which makes the model another base than the old one:
+    see `base_fingerprint`.
 
-    In memory are one shard, one tensor as it is stored, and pieces of a million entries; for a layer to pack also
+    In memory are one shard, one tensor as it is stored, and pieces of half a million entries; for a layer to pack also
     W + ΔW in float32.
 
     Args:
@@ -253,7 +254,13 @@ def _write(output: _Output, base: BaseFolder, writer: ShardWriter) -> MergeError
     if isinstance(held, Nf4Weight) and output.delta is None and output.held.packing == output.packing:
         packed = held
     else:
-        packed = quantise_nf4(_summed(output, read), double=output.packing == "nf4-double")
+        total = _summed(output, read)
+        try:
+            packed = quantise_nf4(total, double=output.packing == "nf4-double")
+        except ModelError as error:
+            raise ModelError(
+                f"{output.name}: cannot be packed as {output.packing}; {error}; merge it unpacked"
+            ) from error
     packed = dataclasses.replace(packed, dtype=output.dtype)  # what bitsandbytes decodes it to
 
     def error_of(start: int, stop: int) -> MergeError:
@@ -276,8 +283,8 @@ def _rounded(output: _Output, read: Rows) -> tuple[np.ndarray, MergeError]:
     def fill(start: int, stop: int) -> tuple[float, MergeError]:
         rows, delta = read(start, stop), output.delta(start, stop) if output.delta else None
         total = rows if delta is None else rows + delta
-        with np.errstate(over="ignore", invalid="ignore"):
-            merged[start:stop] = total
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            merged[start:stop] = total.astype(np.float32, copy=False)
             error = MergeError.between(rows, delta, merged[start:stop].astype(np.float32)) if output.linear else None
         return _largest(total), error or MergeError()
 
@@ -291,10 +298,10 @@ def _summed(output: _Output, read: Rows) -> np.ndarray:
     total = np.empty(output.held.shape, np.float32)
 
     def fill(start: int, stop: int) -> float:
-        total[start:stop] = read(start, stop)
-        if output.delta:
-            total[start:stop] += output.delta(start, stop)
-        return _largest(total[start:stop])
+        found = read(start, stop) + output.delta(start, stop) if output.delta else read(start, stop)
+        with np.errstate(over="ignore"):  # checked below
+            total[start:stop] = found
+        return _largest(found)
 
     _check_range(output, _by_pieces(fill, output.held.shape))
     return total
@@ -310,15 +317,16 @@ def _check_range(output: _Output, found: list[float]) -> None:
     if math.isnan(largest):
         raise ModelError(f"{output.name}: expected finite numbers; it has NaN")
     if largest > limit:
-        way = "float32" if output.dtype == "bfloat16" else "bfloat16 or float32"
+        wide = [name for name in reversed(DTYPES) if largest <= float(ml_dtypes.finfo(DTYPES[name]).max)]
+        unusable = "the update" if output.delta and math.isfinite(largest) else "the base"
         raise ModelError(
             f"{output.name}: its largest entry is {largest:.6g}, and {output.dtype} holds numbers up to {limit:.6g}; "
-            + (f"choose {way}" if math.isfinite(largest) and output.dtype != "float32" else "the base is not usable")
+            + (f"choose {' or '.join(wide)}" if wide else f"{unusable} is not usable")
         )
 
 
 def _by_pieces(function: Callable[[int, int], T], shape: tuple[int, ...]) -> list[T]:
-    """function(start, stop) for rows of at most a million entries together, in threads: NumPy lets go of the lock."""
+    """function(start, stop) for rows of at most `_PIECE` entries together, in threads: NumPy lets go of the lock."""
     rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
     starts = range(0, shape[0], rows)
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as threads:

@@ -1,4 +1,4 @@
-"""ΔW of a layer, rows at a time, in float32: what files are merged from without holding a whole ΔW."""
+"""ΔW of a layer, rows at a time, in float64: what files are merged from without holding a whole ΔW."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moka_core.plan import KronShape
 
 
 def delta_rows(layer: LayerFactors, config: MokaConfig, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows of ΔW = Σ_i scale·α_i·c_i·(A_i ⊗ B_i), (stop − start, in), float32.
+    """Rows of ΔW = Σ_i scale·α_i·c_i·(A_i ⊗ B_i), (stop − start, in), float64.
 
     Row p·b_out + i is Σ_t k_t · (A_t[p] ⊗ B_t[i]): for each group of terms one matrix product with inner dimension
-    `copies`, of which only the rows that are asked for are formed. Coefficients k are computed in float64.
+    `copies`, of which only the rows that are asked for are formed.
 
     Args:
         config: the layer's own, `Adapter.layer_config`.
@@ -28,10 +28,10 @@ def delta_rows(layer: LayerFactors, config: MokaConfig, start: int = 0, stop: in
     >>> layer = LayerFactors(plan=plan, factor_a=(np.array([[[1.0, 10.0]]]),),
     ...                      factor_b=(np.array([[[3.0], [4.0]]]),), gate_logits=np.zeros(1))
     >>> delta_rows(layer, config, 1, 2)
-    array([[ 4., 40.]], dtype=float32)
+    array([[ 4., 40.]])
     """
     stop = layer.plan.out_features if stop is None else stop
-    delta = np.zeros((stop - start, layer.plan.in_features), np.float32)
+    delta = np.zeros((stop - start, layer.plan.in_features))
     coefficients = term_coefficients(layer, config)
     first = 0
     for index, group in enumerate(layer.plan.groups):
@@ -40,15 +40,15 @@ def delta_rows(layer: LayerFactors, config: MokaConfig, start: int = 0, stop: in
         shape = group.shape
         for done, rows_a, rows_b in _spans(shape, start, stop):
             if config.identity == "a":
-                a = np.eye(shape.a_out, dtype=np.float32)[None, rows_a]
+                a = np.eye(shape.a_out)[None, rows_a]
                 b = _folded(own, layer.factor_b[index][:, rows_b]).sum(axis=0, keepdims=True)
             elif config.identity == "b":
                 a = _folded(own, layer.factor_a[index][:, rows_a]).sum(axis=0, keepdims=True)
-                b = np.eye(shape.b_out, dtype=np.float32)[None, rows_b]
+                b = np.eye(shape.b_out)[None, rows_b]
             else:
                 a, b = layer.factor_a[index][:, rows_a], layer.factor_b[index][:, rows_b]
                 a, b = (_folded(own, a), b) if a.size < b.size else (a, _folded(own, b))
-            _add_product(delta[done - start :], a.astype(np.float32, copy=False), b.astype(np.float32, copy=False))
+            _add_product(delta[done - start :], a.astype(np.float64, copy=False), b.astype(np.float64, copy=False))
     return delta
 
 

@@ -212,13 +212,13 @@ def test_rows_of_delta_are_the_oracles(case: Any) -> None:
     layer = random_layer(case)
     expected = dense_delta(layer, case.config)
     whole = delta_rows(layer, case.config)
-    assert np.linalg.norm(whole - expected) <= 1e-6 * np.linalg.norm(expected)  # measured: 8.6e-8 at most
+    assert np.linalg.norm(whole - expected) <= 1e-14 * np.linalg.norm(expected)  # measured: 2.5e-16 at most
     for step in (1, 5):
         rows = [
             delta_rows(layer, case.config, start, min(start + step, case.out_features))
             for start in range(0, case.out_features, step)
         ]
-        assert np.linalg.norm(np.concatenate(rows) - expected) <= 1e-6 * np.linalg.norm(expected)
+        assert np.linalg.norm(np.concatenate(rows) - expected) <= 1e-14 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -269,7 +269,7 @@ def test_in_float32_every_entry_is_w_plus_delta(base: Path, adapter: Adapter, re
     written, opened = tensors_of(reports["float32"]), open_base(base)
     for path in adapter.layers:
         weight, delta = exact(adapter, opened, path)
-        slack = float32_error(adapter, path, weight + delta)
+        slack = float32_error(weight + delta)
         assert (np.abs(written[f"{path}.weight"] - (weight + delta)) <= slack).all(), path
     for name, value in opened.weights():
         if name.removesuffix(".weight") not in adapter.layers:
@@ -277,13 +277,9 @@ def test_in_float32_every_entry_is_w_plus_delta(base: Path, adapter: Adapter, re
             assert isinstance(value, Nf4Weight) == (re.search(r"(self_attn|mlp)\..*weight", name) is not None)
 
 
-def float32_error(adapter: Adapter, path: str, total: np.ndarray) -> np.ndarray:
-    """The most that float32 arithmetic can be off: of a sum of t products, (t + 3)·2⁻²⁴·Σ|k·a·b|, and of adding W."""
-    layer, config = adapter.layers[path], adapter.layer_config(path)
-    absolute = dataclasses.replace(
-        layer, factor_a=tuple(map(np.abs, layer.factor_a)), factor_b=tuple(map(np.abs, layer.factor_b))
-    )
-    return 2.0**-24 * ((layer.plan.terms + 3) * dense_delta(absolute, config) + np.abs(total))
+def float32_error(total: np.ndarray) -> np.ndarray:
+    """Half a unit of float32, and what two orders of summing in float64 may differ by."""
+    return 2.0**-24 * np.abs(total) + 1e-14 * np.abs(total).max()
 
 
 def test_in_bfloat16_every_entry_is_within_half_a_unit_of_w_plus_delta(
@@ -295,7 +291,7 @@ def test_in_bfloat16_every_entry_is_within_half_a_unit_of_w_plus_delta(
         total = weight + delta
         half_unit = 2.0 ** (np.floor(np.log2(np.abs(total))) - 8)
         off = np.abs(written[f"{path}.weight"].astype(np.float64) - total)
-        assert (off <= half_unit + float32_error(adapter, path, total)).all(), path
+        assert (off <= half_unit + float32_error(total)).all(), path
         assert (off / half_unit).max() > 0.9, "the bound is no tight one"
 
 
@@ -328,7 +324,7 @@ def test_an_adapted_head_that_was_tied_is_a_tensor_of_its_own(
     report, written = reports["tied"], tensors_of(reports["tied"])
     weight, delta = exact(tied[1], open_base(tied[0]), "lm_head")
     assert np.array_equal(written["model.embed_tokens.weight"], weight.astype(np.float32))
-    slack = float32_error(tied[1], "lm_head", weight + delta)
+    slack = float32_error(weight + delta)
     assert (np.abs(written["lm_head.weight"] - (weight + delta)) <= slack).all()
     assert json.loads((report.folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert "tie_word_embeddings: false" in report.notes[0]
@@ -391,7 +387,7 @@ def test_the_config_is_what_transformers_writes(
     assert saved["quantization_config"]["bnb_4bit_use_double_quant"] is False
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "to-nf4-double"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "to-nf4-double"])
 def test_the_report_measures_what_was_written(
     name: str, base: Path, adapter: Adapter, reports: dict[str, MergeReport], computed: dict[str, Any]
 ) -> None:
@@ -406,7 +402,8 @@ def test_the_report_measures_what_was_written(
         assert found.lost == pytest.approx(1 - ((merged - weight) * delta).sum() / (delta**2).sum(), abs=1e-5)
         assert found.off == pytest.approx(np.linalg.norm(off) / np.linalg.norm(delta), rel=1e-3)
         sums += found
-    assert report.total == sums
+    assert dataclasses.astuple(report.total) == pytest.approx(dataclasses.astuple(sums), rel=1e-12)
+    assert report.total.relative > 1e-8, "no sum of two float32 numbers is exact"
     assert set(report.adapted) == set(adapter.layers)
     values = report.to_dict()
     assert json.loads(json.dumps(values)) == values

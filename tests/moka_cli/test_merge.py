@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -129,3 +130,51 @@ def test_a_target_that_exists_is_refused(base, adapter, tmp_path, capsys):
     assert "out: expected a folder that does not exist yet" in capsys.readouterr().err
     assert call("merge", base, tmp_path / "other", "--base", base) == 1
     assert "adapter_config.json: no such file" in capsys.readouterr().err
+
+
+def save_scaled(base, folder, scale, factor=1.0):
+    """An adapter of that scale, the factors B of which are `factor` times random ones."""
+    adapter = random_adapter(open_base(base), dataclasses.replace(CONFIG, scale=scale))
+    for layer in adapter.layers.values():
+        for array in layer.factor_b:
+            array *= factor
+    return save_adapter(adapter, folder)
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32"), ("--pack", "nf4-double")])
+def test_an_update_that_no_dtype_holds_is_refused_by_the_layers_name(options, base, tmp_path, capsys):
+    adapter = save_scaled(base, tmp_path / "adapter", 3e38, factor=1e3)
+    assert call("merge", adapter, tmp_path / "out", "--base", base, *options) == 1
+    told = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj.weight: its largest entry is " in told
+    assert "e+41, and " in told
+    assert "holds numbers up to 3." in told
+    assert "the update is not usable" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_that_nf4_does_not_hold_is_refused_by_the_layers_name(base, tmp_path, capsys):
+    adapter = save_scaled(base, tmp_path / "adapter", 3e38)
+    assert call("merge", adapter, tmp_path / "out", "--base", base, "--pack", "nf4-double") == 1
+    told = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj.weight: cannot be packed as nf4-double; NF4 weight of shape" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [1e36, 1.2e-38])
+@pytest.mark.parametrize("options", [("--dtype", "float32"), ("--pack", "nf4-double")])
+def test_figures_of_very_large_and_very_small_updates_are_finite_and_right(scale, options, base, tmp_path):
+    adapter = save_scaled(base, tmp_path / "adapter", scale)
+    report = tmp_path / "report.json"
+    assert call("merge", adapter, tmp_path / "out", "--base", base, *options, "--json", report) == 0
+    total = json.loads(report.read_text())["total"]
+    packed = options[0] == "--pack"
+    if scale > 1:
+        assert total["update"] == pytest.approx(1)
+        assert 1e-8 < total["relative_error"] < (0.2 if packed else 1e-7)
+        assert abs(total["update_lost"]) < 0.02
+    else:
+        assert 0 < total["update"] < 1e-35
+        assert packed or 0.8 < total["update_lost"] < 1, "it arrives where W is 0, a level of NF4, and nowhere else"
+        assert total["error_of_update"] > 0.9
+    assert all(map(math.isfinite, total.values()))
