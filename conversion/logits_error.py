@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from moka_core import AdapterError
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsGap:
@@ -38,10 +40,13 @@ class LogitsError:
     effect: LogitsGap
 
     @property
-    def lost(self) -> float:
-        """√Σ(approximation - adapter)² / √Σ(base - adapter)²: 0 if all of the adapter's effect is there."""
+    def lost(self) -> float | None:
+        """√Σ(approximation - adapter)² / √Σ(base - adapter)²: 0 if all of the adapter's effect is there.
+
+        None if the adapter has no effect, and the approximation has one.
+        """
         if self.effect.rms == 0:
-            return 0.0 if self.error.rms == 0 else float("inf")
+            return 0.0 if self.error.rms == 0 else None
         return self.error.rms / self.effect.rms
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,10 +60,21 @@ def logits_error(base: np.ndarray, adapter: np.ndarray, approximation: np.ndarra
     Args:
         base, adapter, approximation: (…, vocab).
 
+    Raises:
+        AdapterError: some are not finite, or all of the adapter's are equal.
+
     >>> base, adapter = np.array([[0.0, 1.0, 0.0]]), np.array([[2.0, 1.0, 0.0]])
     >>> logits_error(base, adapter, np.array([[1.5, 1.0, 0.0]])).lost
     0.25
     """
+    for name, logits in (("base", base), ("adapter", adapter), ("approximation", approximation)):
+        if not np.isfinite(logits).all():
+            raise AdapterError(
+                f"the logits of the {name} are not finite, so that there is nothing to compare; is the adapter's "
+                "scale, or a factor, too large?"
+            )
+    if np.ptp(adapter) == 0:
+        raise AdapterError("the logits of the adapter are all equal, so that there is no range to compare with")
     return LogitsError(positions=adapter[..., 0].size, error=_gap(approximation, adapter), effect=_gap(base, adapter))
 
 

@@ -236,7 +236,8 @@ def _written(found: TruncatedSvd, dtype: str, path: str) -> tuple[np.ndarray, np
     with np.errstate(over="ignore"):  # checked in the next line
         b, a = (factor.astype(dtype) for factor in found.balanced())
     if not all(np.isfinite(factor.astype(np.float32)).all() for factor in (b, a)):
-        raise AdapterError(f"{path}: its LoRA factors do not fit into {dtype}; write them in float32")
+        way = "its ΔW is too large for a LoRA" if dtype == "float32" else "write them in float32"
+        raise AdapterError(f"{path}: its LoRA factors do not fit into {dtype}; {way}")
     return b, a
 
 

@@ -164,5 +164,8 @@ def logits_table(measured: LogitsError) -> Table:
     for name, gap in rows.items():
         changed = f"{gap.changed} of {measured.positions} differ"
         table.add_row(name, f"{gap.largest:.2e}", f"{gap.rms:.2e}", changed)
-    table.caption = f"the LoRA loses {measured.lost:.1%} of the adapter's effect (RMS)"
+    if measured.lost is None:
+        table.caption = "the adapter has no effect on these logits, the LoRA has"
+    else:
+        table.caption = f"the LoRA loses {measured.lost:.1%} of the adapter's effect (RMS)"
     return table

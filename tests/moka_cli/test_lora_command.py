@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from conversion import open_base, save_adapter
+from conversion.logits_error import logits_error
 from moka_cli.main import main
 from moka_core import AdapterError, MokaConfig
 from tests.tiny import random_adapter, save_tiny_llama
@@ -102,3 +105,42 @@ def test_logits_that_cannot_be_measured_leave_nothing(folders, tmp_path, capsys,
     assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 1
     assert capsys.readouterr().err == "moka: error: they are not finite\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_finite_are_refused(folders, tmp_path, capsys):
+    large = random_adapter(open_base(folders / "base"), dataclasses.replace(CONFIG, scale=1e38))
+    save_adapter(large, tmp_path / "adapter")
+    options = ["--rank", 4, "--base", folders / "base", "--json", tmp_path / "errors.json"]
+    assert call("lora", tmp_path / "adapter", tmp_path / "lora", *options) == 1
+    assert "the logits of the adapter are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("scale", [1e38, 1.2e-38])
+def test_errors_of_very_large_and_very_small_updates_are_those_of_the_same_at_scale_1(scale, folders, tmp_path):
+    found = {}
+    for number in (1.0, scale):
+        name = f"{number:g}"
+        scaled = random_adapter(open_base(folders / "base"), dataclasses.replace(CONFIG, scale=number))
+        save_adapter(scaled, tmp_path / name)
+        options = ["--rank", 4, "--json", tmp_path / f"{name}.json"]
+        assert call("lora", tmp_path / name, tmp_path / f"{name}-lora", *options) == 0
+        found[number] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found[scale]["total"] == pytest.approx(found[1.0]["total"], rel=1e-4)
+    for one, other in zip(found[scale]["layers"], found[1.0]["layers"], strict=True):
+        assert one["relative"] == pytest.approx(other["relative"], rel=1e-4)
+        assert one["norm"] == pytest.approx(other["norm"] * scale, rel=1e-9)
+
+
+def test_logits_errors_are_of_the_rms_and_of_logits_that_have_a_range():
+    base, adapter = np.zeros((1, 4)), np.array([[4.0, 0.0, 0.0, 0.0]])
+    found = logits_error(base, adapter, np.array([[3.0, 1.0, 1.0, 1.0]]))
+    assert (found.error.largest, found.effect.largest) == (0.25, 1.0)
+    assert found.lost == 0.5, "√(4·1²/4) over √(4²/4); of the largest it would be 0.25"
+    assert logits_error(adapter, adapter, adapter).lost == 0
+    assert logits_error(adapter, adapter, base).lost is None
+    with pytest.raises(AdapterError, match="logits of the adapter are all equal"):
+        logits_error(adapter, base, adapter)
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(AdapterError, match="the logits of the approximation are not finite"):
+            logits_error(base, adapter, np.full((1, 4), wrong))
