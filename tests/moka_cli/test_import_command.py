@@ -73,6 +73,7 @@ def test_a_lora_becomes_the_nearest_adapter_and_its_errors_are_those_of_the_orac
     assert adapter.config.target_modules == ("down_proj", "q_proj")
     assert adapter.base_fingerprint == open_base(base).fingerprint
     assert adapter.base_model == str(base)
+    assert adapter.base_quantisation == "nf4-double", "as it will be held by default"
     told = json.loads(figures.read_text())
     left = whole = 0.0
     for path, layer in wanted.items():
@@ -113,6 +114,7 @@ def test_a_fine_tuned_model_becomes_the_adapter_that_was_merged_into_it(base, tu
     one_shape = ("--set", "r=4", "--set", "num_shapes=1")
     assert call("import", tuned, tmp_path / "out", "--base", base, *one_shape, "--quantise", "none") == 0
     adapter = load_adapter(tmp_path / "out")
+    assert adapter.base_quantisation == "none"
     before, after = (open_base(folder, quantise="none") for folder in (base, tuned))
     for path in adapter.layers:
         delta = after.dense(f"{path}.weight") - before.dense(f"{path}.weight")
@@ -138,8 +140,15 @@ def test_what_else_changed_is_refused_unless_it_is_to_be_left_behind(base, tuned
 
     arguments = ["import", lora, tmp_path / "less", "--base", base, *SMALL, "--set", "target_modules=[q_proj]"]
     assert call(*arguments) == 1
-    assert "model.layers.0.mlp.down_proj: " in capsys.readouterr().err
-    assert call(*arguments, "--only-targets") == 0
+    refusal = capsys.readouterr().err
+    norms = {
+        path: np.linalg.norm(layer.delta()) for path, layer in load_lora(lora, base_layers(open_base(base))).items()
+    }
+    shares = {path: norm / np.linalg.norm(list(norms.values())) for path, norm in norms.items() if "down_proj" in path}
+    assert len(shares) == 2
+    assert all(f"{path}: {share:.2%}" in refusal for path, share in shares.items())
+    assert call(*arguments, "--only-targets", "--json", tmp_path / "figures.json") == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["left_behind"] == pytest.approx(shares)
 
 
 def test_layers_that_the_source_leaves_alone_start_fresh(base, lora, tmp_path, capsys):

@@ -108,6 +108,39 @@ def test_an_adapter_that_was_loaded_and_changed_is_saved_with_a_checksum_of_its_
     assert load_adapter(tmp_path / "again").trainable == load_adapter(folder).trainable
 
 
+def test_a_config_that_is_saved_without_its_tensors_has_no_checksum(load, folder, tmp_path, monkeypatch):
+    """The checksum of the last save is not that of what the live adapter has become since."""
+    model = PeftModel.from_pretrained(load(), folder, is_trainable=True)
+    config = model.peft_config["default"]
+    model.save_pretrained(tmp_path / "whole")
+    config.save_pretrained(tmp_path / "alone")
+    whole, alone = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("whole", "alone"))
+    assert whole.pop("checksum")
+    assert alone == {**whole, "inference_mode": False}  # PEFT saves a whole adapter with true
+
+    def fails(*_, **__):
+        raise OSError("disk on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dumps", fails)
+        with pytest.raises(OSError, match="disk on fire"):
+            model.save_pretrained(tmp_path / "failed")
+    config.save_pretrained(tmp_path / "alone")
+    assert "checksum" not in json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_adapter_that_is_not_trained_here_keeps_how_its_base_was_held(load, tmp_path, trainable):
+    base = load(4)
+    import_adapter(base, random_adapter(base, CONFIGS["softmax"])).save_pretrained(tmp_path / "nf4")
+    with pytest.warns(UserWarning, match="was trained on a base held as 'nf4-double'; this one is held as 'none'"):
+        model = PeftModel.from_pretrained(load(), tmp_path / "nf4", is_trainable=trainable)
+    held = "none" if trainable else "nf4-double"
+    assert export_adapter(model).base_quantisation == held
+    model.save_pretrained(tmp_path / "again")
+    assert load_adapter(tmp_path / "again").base_quantisation == held
+
+
 def test_strict_loading_lists_every_problem_at_once(load, folder):
     tensors = load_file(folder / WEIGHTS)
     layer = "base_model.model.model.layers.0.self_attn.q_proj.moka_"
