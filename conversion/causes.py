@@ -203,20 +203,45 @@ def _coefficients(
     if np.linalg.norm(left) > tell:
         return None
     if np.linalg.matrix_rank(gram) < count:
-        return "the gates: the same terms count differently (they depend on each other, so that which cannot be told)"
+        return (
+            "the gates, the scale or factors: the same terms count differently (they depend on each other, so that "
+            "which cannot be told)"
+        )
     constants = np.array([config.scale * stable_factor(config, shape) for shape in layer.plan.term_shapes()])
     shares, due = fitted / constants, right / constants
-    sizes = np.sqrt(np.diag(gram))
-    if (np.abs(fitted - constants / count) * sizes <= 3 * tell).all():
+    blur = 3 * tell / np.sqrt(np.diag(gram))  # of each coefficient
+    slack = blur / np.abs(constants)
+    if (shares < -slack).any() or abs(shares.sum() - 1) > max(slack.sum(), 1e-5):
+        return _no_gates(fitted, right, config, layer, blur)
+    if (np.abs(fitted - constants / count) <= blur).all():
         return f"the gates: every term counts 1/{count} = {1 / count:.4g}, as without a gate"
     common = float(np.median(fitted / right))
-    odd = np.flatnonzero(np.abs(fitted - common * right) * sizes > 3 * tell)
+    odd = np.flatnonzero(np.abs(fitted - common * right) > blur)
     if len(odd) == 1 and count > 2:
         number = int(odd[0])
         others = "" if abs(common - 1) < 1e-4 else f", and every other one {common:.4g} times its share"
         return f"the gate of term {number}: it counts {shares[number]:.4g} in place of {due[number]:.4g}{others}"
-    listed = [", ".join(f"{value:.4g}" for value in values[:8]) + " …" * (count > 8) for values in (shares, due)]
-    return f"the gates: the terms count {listed[0]} in place of {listed[1]}"
+    return f"the gates: the terms count {_list(shares)} in place of {_list(due)}"
+
+
+def _no_gates(fitted: np.ndarray, right: np.ndarray, config: MokaConfig, layer: LayerFactors, blur: np.ndarray) -> str:
+    """What coefficients are that no gate gives, as gates are positive and sum to 1."""
+    stable = np.array([stable_factor(config, shape) for shape in layer.plan.term_shapes()])
+    if config.scaling != "none" and (np.abs(fitted - right / stable) <= blur).all():
+        return f"the scale: scaling={config.scaling!r} is left out"
+    times = fitted / right
+    odd = np.flatnonzero(np.abs(fitted - right) > blur)
+    if len(odd) < len(right) and np.ptp(times[odd]) <= 2 * (blur / np.abs(right))[odd].max():
+        which = f"term{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {times[odd[0]]:.4g}"
+        return f"a factor, or the scale, of {which} times what it should be; every other term is right"
+    return (
+        f"the scale, or factors: the terms count {_list(times)} times what they should, which no gates do, as those "
+        "are positive and sum to 1"
+    )
+
+
+def _list(values: np.ndarray) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:8]) + " …" * (len(values) > 8)
 
 
 def _factor(gap: np.ndarray, terms: list[_Term], right: np.ndarray, tell: float) -> str | None:

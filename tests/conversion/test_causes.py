@@ -65,6 +65,30 @@ def test_one_gate_is_named_with_both_shares():
     )
 
 
+@pytest.mark.parametrize("times", [-1.0, 2.0, 0.999])
+def test_a_factor_that_is_negated_or_scaled_is_not_taken_for_a_gate(times):
+    """Gates are positive and sum to 1; these coefficients are not, or do not."""
+    layer = random_layer(CASE)
+    one, group = layer.factor_b[1].copy(), layer.factor_a[2] * np.float32(times)
+    one[0] *= times
+    assert cause(dense_delta(changed(layer, factor_b_1=one), CASE.config), layer) == (
+        f"a factor, or the scale, of term 2: {times:g} times what it should be; every other term is right"
+    )
+    assert cause(dense_delta(changed(layer, factor_a_2=group), CASE.config), layer) == (
+        f"a factor, or the scale, of terms 4, 5: {times:g} times what it should be; every other term is right"
+    )
+    both = changed(layer, factor_b_1=one, factor_a_2=-2 * group)
+    assert cause(dense_delta(both, CASE.config), layer).startswith(
+        f"the scale, or factors: the terms count 1, 1, {times:g}, 1, {-2 * times:g}, {-2 * times:g} times what they"
+    )
+
+
+def test_a_scaling_that_is_left_out_is_named():
+    config = dataclasses.replace(CASE.config, scaling="stable")
+    layer = random_layer(CASE)
+    assert cause(dense_delta(layer, CASE.config), layer, config) == "the scale: scaling='stable' is left out"
+
+
 def test_several_gates_and_no_gates_are_told_apart():
     layer = random_layer(CASE)
     mixed = changed(layer, gate_logits=layer.gate_logits[::-1].copy())
