@@ -27,7 +27,7 @@ from conversion.comparisons import (
 )
 from conversion.diagnosis import MODULE_BOUND, Diagnosis, Found, Traces, compare_traces, diagnose
 from conversion.oracle_probe import OracleProbe
-from moka_core import Adapter, ConfigError, DataError, ModelError
+from moka_core import Adapter, ConfigError, DataError, ModelError, check_base
 from moka_core.probe import AdamW, Batch, ForwardProbe, Probe
 
 Backend = Literal["both", "jax", "torch"]
@@ -142,6 +142,8 @@ def check_parity(
         opened = open_base(base, quantise=held)  # type: ignore[arg-type]
     if held not in (None, opened.quantisation):
         notes.append(f"the adapter was trained on a base held as {held}; here it is {opened.quantisation}")
+    on_stage("telling the base")
+    check_base(trained.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     truth = OracleProbe(opened, trained)
     if backend != "both" and truth.config.rope is None:
         raise ModelError(

@@ -361,8 +361,10 @@ def test_an_adapter_for_another_base_is_refused_unless_that_is_allowed(sides, tm
     other = save_tiny_llama(
         tmp_path / "other", seed=1, num_hidden_layers=3, tie_word_embeddings=False, rope_parameters=ROPE
     )
+    stages: list[str] = []
     with pytest.raises(AdapterError, match="trained on another base model"):
-        check_parity(sides.folder, other, train=0)
+        check_parity(sides.folder, other, train=0, on_stage=stages.append)
+    assert stages == ["telling the base"], "no backend is loaded for a base that is refused"
     assert check_parity(sides.folder, other, backend="jax", batch_size=2, length=32, allow_other_base=True).passed
 
 
