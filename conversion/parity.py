@@ -232,7 +232,11 @@ def compare(
         agrees = agrees and rows[-1].passed
     if traces is not None and not agrees:
         on_stage("looking for the cause")
-        diagnosis = _own_logits((ours, theirs), logits, traces) or diagnose(ours, theirs, truth, found, traces)
+        diagnosis = (
+            _random((ours, theirs), logits, tokens, traces)
+            or _own_logits((ours, theirs), logits, traces)
+            or diagnose(ours, theirs, truth, found, traces)
+        )
         if diagnosis.module == "none":
             diagnosis = _backward(rows) or diagnosis
     losses: dict[str, list[float]] = {}
@@ -273,7 +277,11 @@ def compare_with_oracle(
     diagnosis = None
     if not all(row.passed for row in rows):
         on_stage("looking for the cause")
-        diagnosis = _own_logits((probe,), (logits,), traces) or diagnose(probe, truth, truth, found, traces)
+        diagnosis = (
+            _random((probe,), (logits,), tokens, traces)
+            or _own_logits((probe,), (logits,), traces)
+            or diagnose(probe, truth, truth, found, traces)
+        )
     return ParityReport(
         sides=(probe.label, truth.label),
         rows=tuple(rows),
@@ -322,6 +330,28 @@ def token_batches(
         tokens = np.random.default_rng(seed).integers(0, vocab_size, need, dtype=np.int32)
     grid = tokens.reshape(count, batch_size, length)
     return [Batch(tokens=rows, learned=np.ones(rows.shape, bool)) for rows in grid]
+
+
+def _random(
+    sides: Sequence[ForwardProbe], logits: Sequence[np.ndarray], tokens: np.ndarray, traces: Traces
+) -> Diagnosis | None:
+    """A model that does not agree with itself: one row of tokens, run twice over in one batch, and as it ran before.
+
+    Two rows show masks that differ by row alone, as those of a fixed key do.
+    """
+    for side, before in zip(sides, logits, strict=True):
+        one, other = side.logits(np.repeat(tokens[:1], 2, axis=0))
+        error = max(relative(one, other), relative(one, before[0]))
+        if error <= MODULE_BOUND or not np.isfinite((one, other, before[0])).all():
+            continue
+        cause = (
+            f"randomness, in {side.label}: the same tokens give other logits when they run again ({error:.1e}); "
+            "dropout is left on, in the adapter or in the model"
+        )
+        first = traces.first
+        where, figure = ("logits", error) if first is None else (first.module, first.figure)
+        return Diagnosis(module=where, figure=figure, bound=MODULE_BOUND, cause=cause)
+    return None
 
 
 def _own_logits(sides: Sequence[ForwardProbe], logits: Sequence[np.ndarray], traces: Traces) -> Diagnosis | None:

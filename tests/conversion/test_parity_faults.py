@@ -83,6 +83,14 @@ def scale_of_all_layers(model):
             change(factor, slice(None), lambda entries: -2 * entries)
 
 
+def a_negated_factor(model):
+    change(block(model).self_attn.v_proj.factor_b[1], (2, 0), lambda entries: -entries)
+
+
+def a_scaled_factor(model):
+    change(block(model).mlp.down_proj.factor_b[0], 1, lambda entries: 2 * entries)
+
+
 def a_norm_weight(model):
     change(block(model).post_attention_layernorm.weight, (1, 7), lambda entry: 1.5 * entry)
 
@@ -115,6 +123,8 @@ IN_JAX = [
         "layers.0.self_attn.q_proj",
         "the scale: ΔW is -2 times what it should be, in JAX; adapted layers: all 9 of them differ",
     ),
+    (a_negated_factor, "layers.2.self_attn.v_proj", "a factor, or the scale, of term 2: -1 times what it should be"),
+    (a_scaled_factor, "layers.1.mlp.down_proj", "a factor, or the scale, of terms 0, 1: 2 times what it should be"),
     (a_norm_weight, "layers.1.post_attention_layernorm", "the weight: 1 of 128 entries differ"),
     (the_head, "lm_head", "the weight: 1 of 32768 entries differ"),
     (an_embedding, "model.embed_tokens", "the weight: 32768 of 32768 entries differ"),
@@ -203,7 +213,22 @@ def residual(model):
     return handle.remove
 
 
+def adapter_dropout(model):
+    dropout = model.model.layers[1].self_attn.v_proj.moka_dropout["default"]
+    assert dropout.p > 0
+    return set_attribute(dropout, "training", True)
+
+
+def attention_dropout(model):
+    attention = model.model.layers[0].self_attn
+    undo = [set_attribute(attention, "attention_dropout", 0.1), set_attribute(attention, "training", True)]
+    return lambda: [back() for back in undo]
+
+
+RANDOM = "randomness, in PyTorch: the same tokens give other logits when they run again"
 IN_TORCH = [
+    (adapter_dropout, "layers.1.self_attn.v_proj", RANDOM),
+    (attention_dropout, "layers.0.self_attn.attention", RANDOM),
     (rope_base(10000.0), "layers.0.self_attn.attention", "rotary settings: rope_theta is 10000 in place of 500000"),
     (rope_base(4321.0), "layers.0.self_attn.attention", "rotary settings (rope_theta, rope_scaling) or the softmax's"),
     (eps, "layers.2.input_layernorm", "rms_norm_eps: it is as if it were 0.01 in place of 1e-06"),
@@ -223,6 +248,25 @@ def test_a_fault_in_pytorch_is_found_against_jax_and_against_float64(sides, faul
             names(report, module, cause)
             if module != "layers.1":
                 assert ", in PyTorch" in report.diagnosis.cause
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["masks of a fixed key", "new masks each time"])
+def test_dropout_that_the_trace_does_not_show_is_named_too(sides, fixed):
+    """The model as it is used drops, its modules run one by one do not; in JAX the key may be the same each time."""
+    rng = np.random.default_rng(0)
+
+    class Dropping(OracleProbe):
+        label = "JAX"
+
+        def logits(self, tokens):
+            right = super().logits(tokens)
+            keep = (np.random.default_rng(0) if fixed else rng).random(right.shape) > 0.1
+            return right * keep / 0.9
+
+    other = Dropping(sides.truth.base, sides.truth.adapter)
+    report = compare_with_oracle(other, sides.truth, sides.batches[0].tokens)
+    names(report, "logits", "randomness, in JAX")
+    assert "dropout is left on" in report.diagnosis.cause
 
 
 def test_without_a_fault_there_is_no_diagnosis(sides):
