@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_cli.figures import check_json, is_standard_output, json_lines
 from moka_cli.train import load_model, load_tokenizer
 from moka_core import ConfigError, DataError
 
@@ -27,7 +28,7 @@ def run_generate(
     max_new_tokens: int,
     batch_size: int,
     raw: bool,
-    as_json: bool,
+    json_file: Path | None,
     settings: dict[str, Any],
 ) -> None:
     """Print the completion of every prompt.
@@ -36,7 +37,7 @@ def run_generate(
         prompts, prompts_file: those of the file come after the others.
         allow_other_base: take an adapter that was trained on another base model.
         batch_size: how many prompts are read at once; the completions do not depend on it.
-        as_json: print one JSON object a line, nothing else.
+        json_file: where a JSON object for each prompt goes, a line each; "-": to standard output, and nothing else.
         settings: the fields of `moka_jax.llama.Sampling`.
     """
     from conversion import load_adapter, open_base
@@ -45,6 +46,7 @@ def run_generate(
     from moka_jax.llama import LlamaConfig, Sampling, check_prompts
     from moka_jax.train.data import text_problem
 
+    check_json(json_file)
     # everything that can be refused is refused before the weights are read
     sampling = Sampling(**settings)
     if batch_size < 1:
@@ -68,19 +70,19 @@ def run_generate(
     model = load_model(base, quantise=held)
     if value is not None:
         import_adapter(model, value, allow_other_base=allow_other_base)
-    if len(rows) == 1 and not as_json:
+    if len(rows) == 1 and json_file is None:
         _print_as_it_comes(model, tokenizer, rows[0], ask)
         return
-    for start in range(0, len(rows), batch_size):
-        indices = range(start, min(start + batch_size, len(rows)))
-        for index, new in zip(indices, _complete(model, rows, indices, ask), strict=True):
-            completion = tokenizer.decode(new, skip_special_tokens=True)
-            if as_json:
+    with json_lines(json_file) as write:
+        for start in range(0, len(rows), batch_size):
+            indices = range(start, min(start + batch_size, len(rows)))
+            for index, new in zip(indices, _complete(model, rows, indices, ask), strict=True):
+                completion = tokenizer.decode(new, skip_special_tokens=True)
                 ended = "stop" if len(new) < max_new_tokens else "length"
-                record = {"prompt": texts[index], "completion": completion, "tokens": new, "ended": ended}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-            else:
-                print(f"--- {index + 1} of {len(texts)}: {texts[index]}\n{completion}", flush=True)
+                if not is_standard_output(json_file):
+                    title = f"--- {index + 1} of {len(texts)}: {texts[index]}\n" if len(rows) > 1 else ""
+                    print(f"{title}{completion}", flush=True)
+                write({"prompt": texts[index], "completion": completion, "tokens": new, "ended": ended})
 
 
 def _print_as_it_comes(

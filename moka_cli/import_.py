@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from moka_cli.figures import check_json, text_console, write_json
 from moka_cli.params import parse_settings
 from moka_core import (
     Adapter,
@@ -77,7 +78,6 @@ def run_import(
 ) -> None:
     """Write the adapter, and tell how near it comes, kind by kind."""
     from conversion import open_base, save_adapter
-    from conversion.new_folder import write_json
 
     _check_options(out, json_file, max_error, lora_terms)
     opened = open_base(base, quantise=quantise or "nf4-double")  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def run_import(
     if lora_terms:
         config = with_lora_terms(config, layers, lora_terms)
     plans = plan_model(config, layers)
-    console = Console()
+    console = text_console(json_file)
     if lora is not None:
         _note_base(console, source, base)
     with console.status("comparing with the base"):
@@ -115,8 +115,7 @@ def run_import(
         base_quantisation=opened.quantisation,
     )
     save_adapter(adapter, out)
-    if json_file is not None:
-        write_json(json_file, {"source": str(source), "base": str(base), **summary})
+    write_json(json_file, {"source": str(source), "base": str(base), **summary})
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers"
     console.print(f"{told}\nnext: adapter: {{start: {out}}} in the config of moka train", highlight=False, markup=False)
 
@@ -300,11 +299,10 @@ def _note_base(console: Console, source: Path, base: Path) -> None:
 
 
 def _check_options(out: Path, json_file: Path | None, max_error: float | None, lora_terms: int) -> None:
-    from conversion.new_folder import check_file, check_new
+    from conversion.new_folder import check_new
 
     check_new(out)
-    if json_file is not None:
-        check_file(json_file)
+    check_json(json_file)
     if max_error is not None and not max_error >= 0:
         raise ConfigError(f"--max-error: expected a number >= 0; got {max_error}")
     if lora_terms < 0:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, ConfigError, LayerPlan
 from moka_core.adapter import path_order
 from moka_core.config import RUNTIME_FIELDS
@@ -34,12 +35,13 @@ LISTED = 10  # dead and repeated terms that are listed one by one without --laye
 
 
 def run_inspect(
-    folder: Path, *, rank: bool, layers: bool, as_json: bool, gates_png: Path | None, shares_png: Path | None
+    folder: Path, *, rank: bool, layers: bool, json_file: Path | None, gates_png: Path | None, shares_png: Path | None
 ) -> None:
     """Print an adapter's figures, and draw them where pictures were asked for."""
     from conversion import load_adapter
     from conversion.new_folder import new_file
 
+    check_json(json_file)
     for option, file in (("--png", gates_png), ("--shares-png", shares_png)):
         if file is not None:
             _check_picture(option, file)
@@ -58,10 +60,8 @@ def run_inspect(
         with new_file(shares_png) as draft:
             _pictures("--shares-png").plot_shares(figures, draft)
     summary = summarise(folder, adapter, figures)
-    if as_json:
-        print(json.dumps(summary, indent=2, allow_nan=False))
-    else:
-        _print(Console(), summary, adapter, figures, every=layers)
+    _print(text_console(json_file), summary, adapter, figures, every=layers)
+    write_json(json_file, summary)
 
 
 def analyse(adapter: Adapter, *, rank: bool) -> dict[str, LayerFigures]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, AdapterError
 
 if TYPE_CHECKING:
@@ -38,11 +38,9 @@ def run_lora(
     """Write the folder, print its errors, and with a base measure what they do to the logits."""
     from conversion import load_adapter
     from conversion.lora import export_lora
-    from conversion.new_folder import check_file, write_json
 
-    if json_file is not None:
-        check_file(json_file)
-    console = Console()
+    check_json(json_file)
+    console = text_console(json_file)
     loaded = load_adapter(adapter)
     linear_layers = None if base is None else base_layers(loaded, base, allow_other_base=allow_other_base)
     held = loaded.quantisation(quantise)
@@ -73,8 +71,7 @@ def run_lora(
     for measured in found:
         values["logits"] = {**measured.to_dict(), "quantise": held}
         console.print(logits_table(measured))
-    if json_file is not None:
-        write_json(json_file, values)
+    write_json(json_file, values)
     console.print(
         f"{out}: LoRA of rank {report.rank}, {report.parameters:,} parameters in {report.dtype} "
         f"({report.parameters / report.moka_parameters:.1f} times the {report.moka_parameters:,} of the adapter); "

@@ -32,7 +32,12 @@ Quantise = Annotated[
         "nf4-double."
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file, too.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", dir_okay=False, allow_dash=True, help="Write the figures to this file, too; - prints them, alone."
+    ),
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take another base than the adapter was trained on.")
 ]
@@ -237,7 +242,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts read at once; changes no completion.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
+    json_: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            dir_okay=False,
+            allow_dash=True,
+            help="Write a line of JSON for each prompt to this file, too; - prints them, alone.",
+        ),
+    ] = None,
 ) -> None:
     """Complete prompts in JAX: one as it comes, several in batches.
 
@@ -255,7 +268,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         raw=raw,
-        as_json=json_,
+        json_file=json_,
         settings={"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
     )
 
@@ -266,7 +279,7 @@ def params(
     preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
     explain: Annotated[bool, typer.Option(help="Say how each layer would be computed, and at what cost.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: JsonFile = None,
 ) -> None:
     """Count trainable parameters and list the shapes of the factors; needs no weights.
 
@@ -274,7 +287,7 @@ def params(
     """
     from moka_cli.params import run_params
 
-    run_params(arch, preset, set_ or [], explain=explain, as_json=json_)
+    run_params(arch, preset, set_ or [], explain=explain, json_file=json_)
 
 
 @app.command()
@@ -286,7 +299,7 @@ def inspect(
     ] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the gates, layers by terms, into this file.")] = None,
     shares_png: Annotated[Path | None, typer.Option(help="Draw how much each term counts into this file.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON: every layer and every term.")] = False,
+    json_: JsonFile = None,
 ) -> None:
     """Say what an adapter holds and what its training made of it; needs neither JAX nor PyTorch, nor the base.
 
@@ -296,7 +309,7 @@ def inspect(
     """
     from moka_cli.inspect import run_inspect
 
-    run_inspect(adapter, rank=not no_rank, layers=layers, as_json=json_, gates_png=png, shares_png=shares_png)
+    run_inspect(adapter, rank=not no_rank, layers=layers, json_file=json_, gates_png=png, shares_png=shares_png)
 
 
 @app.command("import")

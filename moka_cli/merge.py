@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moka_cli.figures import check_json, text_console, write_json
 from moka_core import ConfigError
 
 if TYPE_CHECKING:
@@ -32,13 +33,11 @@ def run_merge(
 ) -> None:
     """Merge, and print what was written and what was lost."""
     from conversion import load_adapter, merge_folder, open_base
-    from conversion.new_folder import check_file, write_json
 
-    if json_file is not None:
-        check_file(json_file)
+    check_json(json_file)
     if not max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb: expected more than 0; got {max_shard_gb}")
-    console = Console()
+    console = text_console(json_file)
     trained = load_adapter(adapter)
     opened = open_base(base, quantise=trained.quantisation(quantise))  # type: ignore[arg-type]
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -55,8 +54,7 @@ def run_merge(
             on_tensor=lambda name, done, total: progress.update(task, completed=done, total=total),
         )
     show(report, console)
-    if json_file is not None:
-        write_json(json_file, report.to_dict())
+    write_json(json_file, report.to_dict())
 
 
 def show(report: MergeReport, console: Console) -> None:

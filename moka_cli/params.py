@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
 from moka_core.config import field_values
 from moka_core.execution import EXECUTIONS, costs, plan_execution
@@ -23,18 +24,17 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 EXPLAINED_TOKENS = (1, 128, 512, 2048, 8192)
 
 
-def run_params(arch: str, preset_name: str, settings: list[str], *, explain: bool, as_json: bool) -> None:
+def run_params(arch: str, preset_name: str, settings: list[str], *, explain: bool, json_file: Path | None) -> None:
     """Print the number of trainable parameters of a preset on an architecture, and its shapes."""
+    check_json(json_file)
     model = read_architecture(arch)
     config = preset(preset_name, model, **parse_settings(settings))
     plans = plan_model(config, model.linear_layers())
     summary = summarise(model, config, plans)
     if explain:
         summary["execution"] = explain_execution(config, plans)
-    if as_json:
-        print(json.dumps({**summary, "arch": arch, "preset": preset_name}, indent=2, allow_nan=False))
-    else:
-        _print(arch, preset_name, config, plans, summary)
+    _print(text_console(json_file), arch, preset_name, config, plans, summary)
+    write_json(json_file, {**summary, "arch": arch, "preset": preset_name})
 
 
 def read_architecture(arch: str) -> Architecture:
@@ -117,8 +117,14 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return field_values(values, where="--set")
 
 
-def _print(arch: str, name: str, config: MokaConfig, plans: dict[str, LayerPlan], summary: dict[str, Any]) -> None:
-    console = Console()
+def _print(
+    console: Console,
+    arch: str,
+    name: str,
+    config: MokaConfig,
+    plans: dict[str, LayerPlan],
+    summary: dict[str, Any],
+) -> None:
     console.print(
         f"[bold]{summary['trainable']:,}[/bold] trainable parameters: preset {name} on {arch}, "
         f"{summary['layers']} layers, {summary['share']:.4%} of {summary['base']:,}"

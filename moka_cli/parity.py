@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from moka_cli.figures import check_json, text_console, write_json
+
 if TYPE_CHECKING:
     from conversion.parity import ParityReport
 
@@ -23,17 +25,13 @@ def run_parity(adapter: Path, base: Path, *, json_file: Path | None, trace: bool
         trace: print the difference of every module, too.
         options: of `conversion.parity.check_parity`.
     """
-    from conversion.new_folder import check_file, write_json
-
-    if json_file is not None:
-        check_file(json_file)
-    console = Console()
+    check_json(json_file)
+    console = text_console(json_file)
     report = check(adapter, base, console=console, trace=trace, **options)
     if trace:
         console.print(modules_table(report))
     console.print(parity_table(report))
-    if json_file is not None:
-        write_json(json_file, report.to_dict())
+    write_json(json_file, report.to_dict())
     print_verdict(report, console)
     if not report.passed:
         raise SystemExit(DISAGREE)

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import typer
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from typer.main import get_command
@@ -18,6 +20,7 @@ from typer.main import get_command
 import moka_cli.generate
 import moka_cli.train
 from conversion import load_adapter, open_base, save_adapter
+from moka_cli.figures import write_json
 from moka_cli.generate import TextPieces, prompt_tokens, read_prompts
 from moka_cli.main import app, main
 from moka_cli.train import abstract_run_model, attach_fresh, load_run_model
@@ -98,7 +101,7 @@ def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
     ],
 )
 def test_params_prints_the_published_counts_as_json(capsys, arch, preset, trainable):
-    assert call("params", "--arch", arch, "--preset", preset, "--json") == 0
+    assert call("params", "--arch", arch, "--preset", preset, "--json", "-") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["trainable"] == trainable
     assert printed["arch"] == arch
@@ -106,7 +109,7 @@ def test_params_prints_the_published_counts_as_json(capsys, arch, preset, traina
 
 def test_params_explains_how_each_layer_is_computed(capsys):
     """What it prints is what the layers do: the schedule of the cost model, and a named execution everywhere."""
-    assert call("params", "--arch", "llama3-8b", "--explain", "--json") == 0
+    assert call("params", "--arch", "llama3-8b", "--explain", "--json", "-") == 0
     rows = json.loads(capsys.readouterr().out)["execution"]
     assert {row["layer"] for row in rows} == {"4096x4096", "1024x4096"}
     plan = plan_layer(MokaConfig(), 1024, 4096)
@@ -124,8 +127,33 @@ def test_params_explains_how_each_layer_is_computed(capsys):
     assert call("params", "--arch", "llama3-8b", "--explain", "--set", "execution=dense") == 1
 
 
+def test_json_is_one_option_in_every_command(monkeypatch, tmp_path, capsys):
+    """A file, or - for standard output, which then has nothing else; what cannot be written is refused at once."""
+    commands = typer.main.get_command(app).commands
+    having = [name for name in commands if any("--json" in option.opts for option in commands[name].params)]
+    assert set(having) == {"lora", "parity", "merge", "generate", "params", "inspect", "import"}
+    for name in having:
+        assert call(name, "--json") == 2, name
+        assert "'--json' requires an argument" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    arguments = ("params", "--arch", "llama3-8b", "--json")
+    assert call(*arguments, "-") == 0
+    alone = capsys.readouterr().out
+    assert call(*arguments, "figures.json") == 0
+    assert "trainable parameters" in capsys.readouterr().out
+    assert Path("figures.json").read_text() == alone
+    assert call(*arguments, "nowhere/figures.json") == 1
+    assert "--json nowhere/figures.json: expected an existing folder; nowhere is none" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_figure_that_is_no_finite_number_is_null_in_every_json(capsys):
+    write_json(Path("-"), {"lost": float("nan"), "rows": [{"error": float("inf")}, 2.5]})
+    assert json.loads(capsys.readouterr().out) == {"lost": None, "rows": [{"error": None}, 2.5]}
+
+
 def test_params_reads_a_model_folder_and_takes_settings(base, capsys):
-    assert call("params", "--arch", base, "--set", "r=4", "--set", "gate=uniform", "--json") == 0
+    assert call("params", "--arch", base, "--set", "r=4", "--set", "gate=uniform", "--json", "-") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["r"] == 4
     assert sum(row[0] for row in printed["shapes"]["128x128"]) == 4
@@ -164,6 +192,8 @@ def test_parity_exits_with_3_and_names_the_first_difference(base, tmp_path, caps
     assert [report["passed"] for report in reports] == [True, False]
     assert reports[0]["diagnosis"] is None
     assert reports[1]["diagnosis"]["module"] == "model.layers.1.self_attn.o_proj"
+    assert call(*arguments, "--json", "-") == 3
+    assert json.loads(capsys.readouterr().out) == reports[1]
     assert reports[1]["modules"]["model.layers.0"] < 2e-5 < reports[1]["modules"]["model.layers.1"]
 
 
@@ -358,7 +388,7 @@ def test_generate_takes_several_prompts_and_prints_json(base, tmp_path, capsys):
     lines = ["count to three", json.dumps({"prompt": "über 日本 🙂", "completion": "not read"}), "", '"a"']
     (tmp_path / "more.jsonl").write_text("\n".join([json.dumps(lines[0]), *lines[1:]]) + "\n", encoding="utf-8")
     shared = ["generate", "--base", base, "--max-new-tokens", 12, "--quantise", "none"]
-    several = [*shared, "--prompt", "add 1 1", "--prompts", tmp_path / "more.jsonl", "--json"]
+    several = [*shared, "--prompt", "add 1 1", "--prompts", tmp_path / "more.jsonl", "--json", "-"]
 
     def completions(*arguments):
         assert call(*arguments) == 0
@@ -375,15 +405,20 @@ def test_generate_takes_several_prompts_and_prints_json(base, tmp_path, capsys):
     assert drawn != found
     assert completions(*several, *warm, "--batch-size", 1) == drawn
 
-    assert call(*several[:-1]) == 0
+    assert call(*several[:-2]) == 0
     expected = [f"--- {i + 1} of 4: {record['prompt']}\n{record['completion']}\n" for i, record in enumerate(found)]
     assert capsys.readouterr().out == "".join(expected)
+
+    assert call(*several[:-1], tmp_path / "lines.jsonl") == 0
+    assert capsys.readouterr().out == "".join(expected)
+    written = (tmp_path / "lines.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in written] == found
 
 
 def test_one_prompt_is_printed_as_it_comes_and_is_the_same_text(base, capsys, monkeypatch):
     arguments = ["generate", "--base", base, "--max-new-tokens", 30, "--prompt", "add 2 2", "--quantise", "none"]
     arguments += ["--temperature", 1.0, "--seed", 3]
-    assert call(*arguments, "--json") == 0
+    assert call(*arguments, "--json", "-") == 0
     record = json.loads(capsys.readouterr().out)
     pieces = []
     monkeypatch.setattr("builtins.print", lambda text, **options: pieces.append(text))
@@ -395,7 +430,8 @@ def test_one_prompt_is_printed_as_it_comes_and_is_the_same_text(base, capsys, mo
 
 def test_the_models_own_stop_tokens_end_a_completion_too(base, tmp_path, capsys):
     folder = shutil.copytree(base, tmp_path / "base")
-    arguments = ["generate", "--base", folder, "--prompt", "go", "--max-new-tokens", 12, "--json", "--quantise", "none"]
+    arguments = ["generate", "--base", folder, "--prompt", "go", "--max-new-tokens", 12, "--quantise", "none"]
+    arguments += ["--json", "-"]
     assert call(*arguments) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, tokens[3]]}))

@@ -86,6 +86,8 @@ def test_a_lora_becomes_the_nearest_adapter_and_its_errors_are_those_of_the_orac
     assert told["total"]["lora_parameters"] == sum(layer.parameters for layer in wanted.values())
     assert told["total"]["parameters"] == adapter.trainable
     assert f"of all layers together {told['total']['error']:.4f}" in printed
+    assert call("import", lora, tmp_path / "again", "--base", base, *SMALL, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == told
     assert {(row["kind"], row["layers"]) for row in told["kinds"]} == {("q_proj", 2), ("down_proj", 2)}
 
 

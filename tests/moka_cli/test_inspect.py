@@ -67,7 +67,7 @@ def printed(capsys) -> str:
 
 
 def test_the_json_has_these_keys_and_the_oracles_figures(folder, capsys):
-    assert call(folder, "--json") == 0
+    assert call(folder, "--json", "-") == 0
     values = json.loads(capsys.readouterr().out)
     keys = "adapter format_version checksum base config trainable dtypes bytes bounds untrained dead repeated layers"
     assert list(values) == keys.split()
@@ -102,7 +102,7 @@ def test_the_json_has_these_keys_and_the_oracles_figures(folder, capsys):
 
 
 def test_the_tables_say_what_the_json_says(folder, capsys):
-    assert call(folder, "--json") == 0
+    assert call(folder, "--json", "-") == 0
     values = json.loads(capsys.readouterr().out)
     assert call(folder, "--layers") == 0
     text = printed(capsys)
@@ -128,9 +128,9 @@ def test_the_tables_say_what_the_json_says(folder, capsys):
 
 
 def test_without_ranks_everything_else_is_there(folder, capsys):
-    assert call(folder, "--no-rank", "--json") == 0
+    assert call(folder, "--no-rank", "--json", "-") == 0
     quick = json.loads(capsys.readouterr().out)
-    assert call(folder, "--json") == 0
+    assert call(folder, "--json", "-") == 0
     whole = json.loads(capsys.readouterr().out)
     for layer in whole["layers"].values():
         for name in ("spectral_norm", "stable_rank", "effective_rank", "rank"):
@@ -155,7 +155,7 @@ def test_adapters_of_every_kind(config, tmp_path, capsys):
     folder = save_adapter(adapter, tmp_path / "adapter")
     assert call(folder, "--layers") == 0
     assert " in bfloat16" in printed(capsys)
-    assert call(folder, "--json") == 0
+    assert call(folder, "--json", "-") == 0
     values = json.loads(capsys.readouterr().out)
     for path, layer in adapter.layers.items():
         found, own = values["layers"][path], adapter.layer_config(path)
@@ -185,7 +185,7 @@ def test_dead_and_repeated_terms_and_untrained_layers_are_named(tmp_path, capsys
     v_proj = FIRST.replace("q_proj", "v_proj")
     assert "1 repeated terms (" in text
     assert f"{v_proj} term 1, {adapter.layers[v_proj].plan.term_shapes()[1]}: as term 0" in text
-    assert call(folder, "--json") == 0
+    assert call(folder, "--json", "-") == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["untrained"], values["dead"], values["repeated"]) == (1, 2, 1)
 
@@ -293,7 +293,7 @@ def test_neither_backend_is_needed_and_matplotlib_for_pictures_only(folder):
         command = [sys.executable, "-c", script, str(folder), *map(str, arguments)]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
 
-    plain = run("--json")
+    plain = run("--json", "-")
     assert plain.returncode == 0, plain.stderr
     assert set(json.loads(plain.stdout)["layers"]) == set(LAYERS)
     drawn = run("--png", folder.parent / "gates.png")

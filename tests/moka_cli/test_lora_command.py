@@ -53,6 +53,8 @@ def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"LoRA of rank {rank}" in printed
     assert "in bfloat16" in printed
+    assert call("lora", folders / "adapter", tmp_path / "again", "--max-error", 0.4, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == rank
     assert call("lora", folders / "adapter", tmp_path / "none", "--max-error", 0.4, "--max-rank", rank - 1) == 1
     assert f"needs {rank}" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -83,7 +83,7 @@ def test_an_update_below_the_dtypes_resolution_warns(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("said", "expected"), [("none", "none"), ("nf4", "nf4"), (None, "nf4-double")])
-def test_the_base_is_held_as_the_adapter_says(said, expected, base, adapter, tmp_path, monkeypatch):
+def test_the_base_is_held_as_the_adapter_says(said, expected, base, adapter, tmp_path, capsys, monkeypatch):
     trained = dataclasses.replace(load_adapter(adapter), base_quantisation=said)
     monkeypatch.setattr(conversion, "load_adapter", lambda folder: trained)
     report = tmp_path / "report.json"
@@ -91,6 +91,10 @@ def test_the_base_is_held_as_the_adapter_says(said, expected, base, adapter, tmp
     assert json.loads(report.read_text())["base_quantisation"] == expected
     assert call("merge", adapter, tmp_path / "other", "--base", base, "--json", report, "--quantise", "none") == 0
     assert json.loads(report.read_text())["base_quantisation"] == "none"
+    capsys.readouterr()
+    again = ("merge", adapter, tmp_path / "other2", "--base", base, "--quantise", "none", "--json", "-")
+    assert call(*again) == 0
+    assert json.loads(capsys.readouterr().out)["base_quantisation"] == "none", "and nothing beside the JSON"
     assert bool(json.loads(report.read_text())["notes"]) == (said == "nf4")
 
 
