@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, ConfigError, LayerPlan
@@ -211,7 +212,8 @@ def _print_head(console: Console, summary: dict[str, Any], adapter: Adapter) -> 
 def _kinds_table(kinds: Mapping[Kind, list[LayerFigures]]) -> Table:
     """ΔW by kind of layer: the median, and the range below it."""
     ranks = _ranks(next(iter(kinds.values()))[0])
-    table = Table("layer", "layers", "‖ΔW‖F", *(_RANK_TITLES[name] for name in ranks), title="ΔW: median and range")
+    titles = ("layers", "‖ΔW‖F", *(_RANK_TITLES[name] for name in ranks))
+    table = _table("layer", *titles, title="ΔW: median and range")
     for (kind, plan), layers in kinds.items():
         found = [_ranks(layer) for layer in layers]
         cells = [_spread(layer.norm for layer in layers), *(_spread(row[name] for row in found) for name in ranks)]
@@ -219,10 +221,16 @@ def _kinds_table(kinds: Mapping[Kind, list[LayerFigures]]) -> Table:
     return table
 
 
+def _table(name: str, *numbers: str, title: str) -> Table:
+    """A table whose numbers are never broken or cut; with the shapes of a 7B model it has 80 columns at most."""
+    columns = Column(name, overflow="fold"), *(Column(number, no_wrap=True) for number in numbers)
+    return Table(*columns, title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def _terms_table(kinds: Mapping[Kind, list[LayerFigures]]) -> Table:
     """Gates and shares by kind of layer and shape."""
     titles = ("layer", "terms of each shape", "gate", "share", "dead", "repeat")
-    table = Table(*titles, title="Terms: median and range")
+    table = _table(*titles, title="Terms: median and range")
     for (kind, plan), layers in kinds.items():
         first = 0
         for group in plan.groups:
@@ -247,7 +255,7 @@ def _layers_table(kind: Kind, figures: Mapping[str, LayerFigures]) -> Table:
     ranks = _ranks(next(iter(figures.values())))
     ranks.pop("rank", None)
     titles = ("layer", "‖ΔW‖F", *(_RANK_TITLES[name] for name in ranks), "gates", "shares", "dead", "repeat")
-    table = Table(*titles, title=f"\n{title}, {kind[1].key}", box=None, padding=(0, 2, 0, 0))
+    table = _table(*titles, title=f"\n{title}, {kind[1].key}")
     for label, layer in zip(labels, figures.values(), strict=True):
         gates, shares = ([getattr(term, name) for term in layer.terms] for name in ("gate", "share"))
         table.add_row(

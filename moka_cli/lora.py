@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, AdapterError
@@ -133,10 +133,9 @@ def kinds_table(report: LoraReport) -> Table:
     for layer in report.layers:
         dims = f"{layer.out_features}x{layer.in_features}"
         kinds.setdefault((layer.path.rpartition(".")[2], dims), []).append(layer)
-    table = Table(
-        *("layer", "out x in", "layers", "‖ΔW - BA‖ / ‖ΔW‖, median", "worst", "σ_k+1 / σ_1, worst"),
-        title=f"LoRA of rank {report.rank} for ΔW",
-    )
+    numbers = ("out x in", "layers", "median error", "worst error", "worst σ_k+1/σ_1")
+    table = Table(Column("layer", overflow="fold"), *(Column(name, no_wrap=True) for name in numbers))
+    table.title, table.caption = f"LoRA of rank {report.rank} for ΔW", "error ‖ΔW − BA‖/‖ΔW‖"
     for (name, dims), layers in kinds.items():
         errors = [layer.relative for layer in layers]
         spectral = max(layer.spectral for layer in layers)
@@ -148,7 +147,9 @@ def kinds_table(report: LoraReport) -> Table:
 
 def worst_table(report: LoraReport) -> Table:
     """The layers with the largest errors, a row each."""
-    table = Table("layer", "‖ΔW - BA‖ / ‖ΔW‖", "σ_k+1 / σ_1", title="The worst layers")
+    count = len(report.layers)
+    first = f"the {WORST} worst of {count} layers" if count > WORST else "layer"
+    table = Table(Column(first, overflow="fold"), *(Column(name, no_wrap=True) for name in ("error", "σ_k+1/σ_1")))
     for layer in sorted(report.layers, key=lambda layer: -layer.relative)[:WORST]:
         table.add_row(layer.path, f"{layer.relative:.3g}", f"{layer.spectral:.3g}")
     return table
@@ -156,13 +157,13 @@ def worst_table(report: LoraReport) -> Table:
 
 def logits_table(measured: LogitsError) -> Table:
     """The error in logits beside the adapter's own effect."""
-    table = Table("", "largest, of the range", "RMS, of the range", "next tokens", title="In logits")
-    rows = {"LoRA against the adapter": measured.error, "the base against the adapter": measured.effect}
-    for name, gap in rows.items():
-        changed = f"{gap.changed} of {measured.positions} differ"
+    numbers = ("largest", "RMS", "other next tokens")
+    table = Table("against the adapter", *(Column(name, no_wrap=True) for name in numbers), title="In logits")
+    for name, gap in {"the LoRA": measured.error, "the base": measured.effect}.items():
+        changed = f"{gap.changed} of {measured.positions}"
         table.add_row(name, f"{gap.largest:.2e}", f"{gap.rms:.2e}", changed)
-    if measured.lost is None:
-        table.caption = "the adapter has no effect on these logits, the LoRA has"
-    else:
-        table.caption = f"the LoRA loses {measured.lost:.1%} of the adapter's effect (RMS)"
+    told = "the adapter has no effect on these logits, the LoRA has"
+    if measured.lost is not None:
+        told = f"the LoRA loses {measured.lost:.1%} of the adapter's effect (RMS)"
+    table.caption = f"largest, RMS: of the logits' range\n{told}"
     return table

@@ -133,7 +133,9 @@ def _print(
         f"LoRA r={LORA_RANK} on {', '.join(LORA_TARGETS)} would train {summary['lora_r32']:,}: "
         f"{summary['fewer_than_lora_r32']:.1f} times as many"
     )
-    table = Table("layer", "out x in", "layers", "terms of each shape", "parameters a layer")
+    numbers = ("out x in", "layers", "terms of each shape", "parameters")
+    table = Table(Column("layer", overflow="fold"), *(Column(name, no_wrap=True) for name in numbers))
+    table.caption = "parameters: of one such layer"
     kinds = {path: (path.rpartition(".")[2], plan.key) for path, plan in plans.items()}
     counts = Counter(kinds.values())
     for (name, key), plan in {kinds[path]: plan for path, plan in plans.items()}.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
 
@@ -62,7 +62,8 @@ def print_verdict(report: ParityReport, console: Console) -> None:
 def parity_table(report: ParityReport) -> Table:
     """The comparisons, a row each."""
     title = " against ".join(_NAMES[side] for side in report.sides)
-    table = Table("comparison", "figure", "bound", "", title=title)
+    numbers = (Column(name, no_wrap=True) for name in ("figure", "bound", ""))
+    table = Table(Column("comparison", overflow="fold"), *numbers, title=title)
     for row in report.rows:
         figure = f"{row.figure:d}" if isinstance(row.figure, int) else f"{row.figure:.2e}"
         verdict = "[green]ok[/green]" if row.passed else "[bold red]FAILS[/bold red]"
@@ -75,7 +76,7 @@ def parity_table(report: ParityReport) -> Table:
 
 def modules_table(report: ParityReport) -> Table:
     """Every module's difference, in order of computation."""
-    table = Table("module", "relative difference", title="outputs")
+    table = Table(Column("module", overflow="fold"), Column("relative difference", no_wrap=True), title="outputs")
     for name, figure in report.modules:
         table.add_row(name, f"{figure:.1e}")
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from conversion import load_adapter, save_adapter
 from moka_cli.inspect import _labels
 from moka_cli.main import main
 from moka_cli.pictures import plot_gates
-from moka_core import Adapter, LayerFactors, MokaConfig, plan_layer
+from moka_core import Adapter, LayerFactors, MokaConfig, architecture, plan_layer, plan_model
 from moka_core.oracle import dense_delta, term_gates
 from tests.cases import random_factors
 
@@ -314,6 +315,25 @@ def test_neither_backend_is_needed_and_matplotlib_for_pictures_only(folder):
 )
 def test_layers_are_named_by_what_their_paths_do_not_share(paths, title, labels):
     assert _labels(paths) == (title, labels)
+
+
+def test_tables_of_a_7b_models_shapes_are_whole_at_80_columns(tmp_path, capsys, monkeypatch):
+    layers = architecture("llama2-7b").linear_layers()
+    names = [f"model.layers.{number}.{name}" for number in (0, 31) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    config = MokaConfig(target_modules=tuple(names))
+    plans = plan_model(config, layers)
+    rng = np.random.default_rng(0)
+    own = {path: random_factors(plan, config, rng) for path, plan in plans.items()}
+    save_adapter(Adapter(config=config, layers=own), tmp_path / "adapter")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(tmp_path / "adapter", "--no-rank", "--layers") == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    for plan in plans.values():
+        for group in plan.groups:
+            row = next(line for line in lines if f" {group.copies} x {group.shape} " in line)
+            assert re.search(r" 0\.\d{3} +0\.\d{3} +\d +\d *$", row), row
+    assert "…" not in printed.partition("median and range")[2]
 
 
 def test_help_has_an_example(capsys):
