@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
 from moka_core import ConfigError
@@ -81,27 +81,34 @@ def show(report: MergeReport, console: Console) -> None:
             "away. --dtype float32 keeps it.",
             highlight=False,
         )
+    held = "" if report.pack else " --quantise none"
+    console.print(
+        f"next: AutoModelForCausalLM.from_pretrained({str(report.folder)!r}) in transformers, or moka generate --base "
+        f"{report.folder}{held} --prompt TEXT",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def error_table(report: MergeReport) -> Table:
     """The layers whose W + ΔW was hit most, and all with an adapter together."""
     made = f"quantised again as {report.pack}" if report.pack else f"rounded to {report.dtype}"
-    table = Table("layer", "size of the update", "error", "update lost", title=f"W + ΔW, {made}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     worst = sorted(report.adapted.items(), key=lambda item: -item[1].relative)
+    first = f"the {SHOWN} worst of {len(worst)} layers" if len(worst) > SHOWN else "layer"
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("update", "error", "lost"))
+    table = Table(Column(first, overflow="fold"), *numbers, title=f"W + ΔW, {made}", caption_justify="left")
     for path, error in worst[:SHOWN]:
         table.add_row(path, *_cells(error))
-    if len(worst) > SHOWN:
-        table.add_row(f"[dim]… {len(worst) - SHOWN} more[/dim]", "", "", "")
     table.add_section()
-    table.add_row(f"{len(worst)} layers with an adapter", *_cells(report.total))
+    table.add_row(f"all {len(worst)} layers with an adapter", *_cells(report.total))
     table.caption = (
-        f"W held as {report.base_quantisation}. Size ‖ΔW‖/‖W+ΔW‖; error ‖W′−(W+ΔW)‖/‖W+ΔW‖; lost 1 − ⟨W′−W, ΔW⟩/‖ΔW‖²"
+        f"W held as {report.base_quantisation}\nupdate ‖ΔW‖/‖W+ΔW‖, error ‖W′−(W+ΔW)‖/‖W+ΔW‖\n"
+        "lost 1 − ⟨W′−W, ΔW⟩/‖ΔW‖²; none: from −1 % to 0.005 %; below 0\nrounding went further along ΔW than asked"
     )
     return table
 
 
 def _cells(error: MergeError) -> tuple[str, str, str]:
-    lost = "–" if error.lost is None else f"{round(error.lost, 4) + 0.0:.2%}"  # not "-0.00%"
+    lost = "–" if error.lost is None else "none" if -0.01 <= error.lost <= 5e-5 else f"{error.lost:.2%}"
     return f"{error.size:.2e}", f"{error.relative:.2e}", lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -13,9 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import conversion
-from conversion import load_adapter, open_base, save_adapter
+from conversion import MergeError, load_adapter, open_base, save_adapter
 from moka_cli.main import main
+from moka_cli.merge import _cells
 from moka_core import MokaConfig
+from tests.moka_jax.train_toys import make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama
 
 CONFIG = MokaConfig(r=6, num_shapes=3, scale=0.02, target_modules=("q_proj", "up_proj", "down_proj"))
@@ -45,14 +48,46 @@ def test_a_merge_prints_what_was_lost_and_writes_it_as_json(base, adapter, tmp_p
     assert call("merge", adapter, tmp_path / "out", "--base", base, "--json", tmp_path / "report.json") == 0
     printed = words(capsys.readouterr().out)
     assert "W + ΔW, rounded to bfloat16" in printed
-    assert "… 1 more" in printed
-    assert "6 layers with an adapter" in printed
+    assert "the 5 worst of 6 layers" in printed
+    assert "all 6 layers with an adapter" in printed
+    assert f"or moka generate --base {tmp_path / 'out'} --quantise none --prompt TEXT" in printed
     assert "taken over as they are: generation_config.json" in printed
     assert "warning" not in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["base_quantisation"] == "nf4-double"
     assert 1e-3 < report["total"]["relative_error"] < 2e-3  # a rounding to 8 bits: 2⁻⁹ at most, 1.7e-3 measured
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+
+
+def test_the_table_is_whole_at_80_columns(base, adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call("merge", adapter, tmp_path / "out", "--base", base) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == 5 + 1
+    assert all(re.match(r"│ model\.layers\.\d\.[a-z_]+\.[a-z]+_proj +│ +\S+ │ +\S+ │ +\S+ │$", row) for row in rows[:5])
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [(None, "–"), (-0.0007, "none"), (4e-5, "none"), (6e-5, "0.01%"), (0.98, "98.00%"), (-0.2, "-20.00%")],
+)
+def test_rounding_that_goes_a_little_too_far_is_no_loss(lost, told):
+    update = 0.0 if lost is None else 4.0
+    error = MergeError(total=100.0, error=1.0, update=update, moved=update * (1 - (lost or 0.0)))
+    assert _cells(error)[-1] == told
+
+
+def test_the_example_in_the_docs_answers_from_the_merged_folder(adapter, tmp_path, capsys, monkeypatch):
+    base = save_tiny_llama(tmp_path / "base", vocab_size=320)
+    make_tokenizer().save_pretrained(base)
+    save_adapter(random_adapter(open_base(base), CONFIG), tmp_path / "adapter")
+    assert call("merge", tmp_path / "adapter", tmp_path / "merged", "--base", base) == 0
+    docs = (Path(__file__).parents[2] / "docs/merging.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    assert names["tokens"].shape[1] > names["asked"]["input_ids"].shape[1]
 
 
 def test_a_packed_merge_warns_of_what_was_lost(base, adapter, tmp_path, capsys):
