@@ -1,8 +1,4 @@
-"""A reader of MoKA adapter folders, from conversion/FORMAT.md alone: python docs/read_adapter.py FOLDER [LAYER]
-
-Prints the norm of every layer's ΔW, or one layer's ΔW. It verifies the checksum and trusts the rest;
-`conversion.load_adapter` refuses whatever breaks a rule of the format.
-"""
+"""Prints the norm of each ΔW in a MoKA adapter folder, or one ΔW, from FORMAT.md alone; the checksum is verified."""
 
 import hashlib
 import json
@@ -13,7 +9,6 @@ import numpy as np
 from safetensors import deserialize
 
 SEALED = "layers r shapes gate scaling scale identity zero_factor dropout base_fingerprint base_quantisation"
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def checksum(config, tensors):
@@ -30,17 +25,23 @@ def checksum(config, tensors):
 
 def numbers(entry):
     """A tensor's entries as float64; a bfloat16 is the upper half of a float32."""
-    array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
+    array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
     return ((array.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else array).astype(np.float64)
 
 
 def deltas(folder, layer=None):
     """Section 1.1: (path, ΔW) of every layer or of one, with ΔW = scale · Σ_t α_t · c_t · (A_t ⊗ B_t) in float64."""
     config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("format_version") != 2:
+        raise ValueError(f"{folder}: expected a MoKA adapter of format version 2; got {config.get('format_version')}")
     tensors = dict(deserialize(Path(folder, "adapter_model.safetensors").read_bytes()))
-    if config["format_version"] != 2 or config["checksum"] != checksum(config, tensors):
-        raise ValueError(f"{folder}: no adapter of format version 2, or not as it was written")
-    for path in [layer] if layer else config["layers"]:
+    if config["checksum"] != checksum(config, tensors):
+        raise ValueError(f"{folder}: not as it was written, its checksum is another; copy the folder again")
+    layers = sorted(config["layers"], key=lambda path: [part.zfill(9) for part in path.split(".")])  # 2 before 10
+    if layer not in (None, *layers):
+        raise ValueError(f"{folder}: no layer {layer!r}; expected one of its {len(layers)}, such as {layers[0]}")
+    for path in [layer] if layer else layers:
         name, delta = f"base_model.model.{path}.moka_", 0.0
         groups = config.get("shapes_pattern", {}).get(path) or config["shapes"][config["layers"][path]]
         r = sum(copies for copies, *_ in groups)
@@ -55,5 +56,5 @@ def deltas(folder, layer=None):
 
 
 if __name__ == "__main__":
-    for path, delta in deltas(*sys.argv[1:3]):
+    for path, delta in deltas(*(sys.argv[1:3] or sys.exit("usage: python read_adapter.py FOLDER [LAYER]"))):
         print(path, delta if sys.argv[2:] else f"{delta.shape} {np.linalg.norm(delta):.6g}")

@@ -88,7 +88,10 @@ def test_a_changed_setting_is_refused(reader: Any, field: str, tmp_path: Path) -
     config = json.loads(file.read_text())
     config[field] = {"scale": 1.5, "zero_factor": "a", "format_version": 1, "base_fingerprint": "00"}[field]
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no adapter of format version 2, or not as it was written"):
+    changed = (
+        "format version 2; got 1" if field == "format_version" else "not as it was written, its checksum is another"
+    )
+    with pytest.raises(ValueError, match=changed):
         dict(reader.deltas(folder))
 
 
@@ -121,6 +124,23 @@ def test_it_runs_alone_and_needs_numpy_and_safetensors_only(tmp_path: Path) -> N
     first = f"{dense_delta(adapter.layers['m.1.layer'], adapter.config)[0, 0]:.8f}"
     assert run("m.1.layer").startswith("m.1.layer [[")
     assert first in run("m.1.layer")
+    usage = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=False, timeout=120)
+    assert (usage.returncode, usage.stderr) == (1, "usage: python read_adapter.py FOLDER [LAYER]\n")
+
+
+def test_layers_come_in_the_models_order_and_an_unknown_one_is_named(reader: Any, tmp_path: Path) -> None:
+    case = CASES[1]
+    paths = [f"m.{number}.{name}" for number in range(11) for name in ("k", "q")]
+    layers = {path: random_layer(case) for path in reversed(paths)}
+    folder = save_adapter(Adapter(config=case.config, layers=layers), tmp_path / "a")
+    assert [path for path, _ in reader.deltas(folder)] == paths
+    with pytest.raises(ValueError, match=r"no layer 'm\.11\.k'; expected one of its 22, such as m\.0\.k"):
+        next(reader.deltas(folder, "m.11.k"))
+    with pytest.raises(FileNotFoundError):
+        next(reader.deltas(tmp_path / "nowhere"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="expected a MoKA adapter of format version 2; got None"):
+        next(reader.deltas(folder))
 
 
 def test_it_is_short() -> None:
