@@ -168,7 +168,9 @@ def lora_config(adapter: Adapter, rank: int, *, linear_layers: Collection[str] |
 
 
 def target_modules(adapted: Collection[str], linear_layers: Collection[str] | None = None) -> list[str]:
-    """What PEFT has to be told to adapt these layers and no other: their last names if that suffices, or their paths.
+    """What PEFT has to be told to adapt these layers: their last names if that catches no other, or their paths.
+
+    PEFT also adapts a layer whose path ends in "." and a listed one; no LLaMA has such a layer.
 
     Args:
         linear_layers: the paths of all linear layers of the base; if None, names cannot be known to suffice.

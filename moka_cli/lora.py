@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
-from moka_core import Adapter, AdapterError
+from moka_core import Adapter, AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from conversion.logits_error import LogitsError
@@ -41,10 +42,17 @@ def run_lora(
 
     check_json(json_file)
     console = text_console(json_file)
+    if base is None and quantise is not None:
+        raise ConfigError(
+            f"--quantise {quantise}: says how the base is held where logits are compared; expected together with "
+            "--base FOLDER"
+        )
     loaded = load_adapter(adapter)
-    linear_layers = None if base is None else base_layers(loaded, base, allow_other_base=allow_other_base)
-    held = loaded.quantisation(quantise)
     found: list[LogitsError] = []
+    held, linear_layers = loaded.quantisation(quantise), None
+    if base is not None:
+        linear_layers = base_layers(loaded, base, quantise=held, allow_other_base=allow_other_base)
+        loaded = dataclasses.replace(loaded, base_model=str(base))
     with console.status("approximating") as status:
 
         def measure(draft: Path, report: LoraReport) -> None:
@@ -80,16 +88,17 @@ def run_lora(
     )
 
 
-def base_layers(adapter: Adapter, base: Path, *, allow_other_base: bool) -> list[str]:
+def base_layers(adapter: Adapter, base: Path, *, quantise: str, allow_other_base: bool) -> list[str]:
     """The paths of the base's linear layers.
 
     Raises:
+        ConfigError: another word for `quantise` than `open_base` takes.
         AdapterError: the adapter belongs to another base, or adapts a layer that this one does not have.
     """
     from conversion import open_base
     from moka_core import Architecture, check_base
 
-    opened = open_base(base, quantise="none")
+    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
     check_base(adapter.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     known = Architecture.from_hf_config(opened.config).linear_layers()
     foreign = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def call(*arguments: object) -> int:
 
 
 def test_it_writes_the_folder_and_reports_both_errors(folders, tmp_path, capsys):
-    options = ["--rank", 16, "--base", folders / "base", "--quantise", "none", "--json", tmp_path / "errors.json"]
+    shutil.copytree(folders / "base", folders / "moved")
+    options = ["--rank", 16, "--base", folders / "moved", "--quantise", "none", "--json", tmp_path / "errors.json"]
     assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 0
     printed = capsys.readouterr().out
     values = json.loads((tmp_path / "errors.json").read_text())
@@ -45,6 +47,7 @@ def test_it_writes_the_folder_and_reports_both_errors(folders, tmp_path, capsys)
     assert 0 < values["logits"]["error"]["largest"] < values["logits"]["effect"]["largest"]
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"], "the base is known, and so that names suffice"
+    assert config["base_model_name_or_path"] == str(folders / "moved")
 
 
 def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
@@ -74,9 +77,12 @@ def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
             "nowhere/errors.json: expected an existing folder; nowhere is none",
         ),
         (["--rank", 4, "--base", "nowhere"], "nowhere"),
+        (["--rank", 4, "--quantise", "nf4"], "--quantise nf4: says how the base is held where logits are compared"),
+        (["--rank", 4, "--quantise", "foo", "--base", "BASE"], "expected nf4-double, nf4 or none; got 'foo'"),
     ],
 )
 def test_a_request_that_makes_no_sense_ends_with_one_message_and_no_folder(folders, tmp_path, capsys, options, message):
+    options = [folders / "base" if option == "BASE" else option for option in options]
     assert call("lora", folders / "adapter", tmp_path / "lora", *options) == 1
     printed = capsys.readouterr().err
     assert message in printed
