@@ -34,7 +34,7 @@ from moka_core import (
     dequantise_nf4,
     quantise_nf4,
 )
-from moka_core.adapter import raise_problems
+from moka_core.adapter import SHOWN, raise_problems
 from moka_core.delta import delta_rows
 from moka_core.fingerprint import MERGED, merged_adapters
 from moka_core.nf4 import BLOCK, NESTED_BLOCK
@@ -180,7 +180,7 @@ def _plan(
     """Every weight to write, in the order in which the base is read.
 
     Raises:
-        AdapterError: the adapter does not fit the base; every problem is listed.
+        AdapterError: the adapter does not fit the base: another base is told first, then the first layers.
     """
     problems = []
     try:
@@ -197,7 +197,7 @@ def _plan(
         elif found[1].shape != (layer.plan.out_features, layer.plan.in_features):
             dims = "x".join(map(str, found[1].shape))
             problems.append(f"{path}: the adapter is for a layer of {layer.plan.key}, the base has {dims} (out x in)")
-    raise_problems(problems, f"this adapter does not fit {base.folder}; nothing was merged")
+    raise_problems(problems, f"this adapter does not fit {base.folder}; nothing was merged", shown=SHOWN)
     deltas: dict[str, Rows] = {
         f"{path}.weight": partial(delta_rows, layer, adapter.layer_config(path))
         for path, layer in adapter.layers.items()

@@ -14,6 +14,7 @@ from moka_core.plan import LayerPlan, plan_layer
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_NAMES = "float32, bfloat16 or float16"
+SHOWN = 8  # layers that an error names where an adapter is for another model altogether
 QUANTISATIONS = ("nf4-double", "nf4", "none")
 _PATH = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 
@@ -179,7 +180,10 @@ def path_order(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")]
 
 
-def raise_problems(problems: list[str], title: str) -> None:
-    """Raise one AdapterError that lists every problem, or return if there is none."""
+def raise_problems(problems: list[str], title: str, *, shown: int | None = None) -> None:
+    """Raise one AdapterError that lists every problem, or the first `shown`; return if there is none."""
     if problems:
-        raise AdapterError(f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)}):\n  " + "\n  ".join(problems))
+        listed = problems if shown is None or len(problems) <= shown else problems[:shown]
+        more = [f"and {len(problems) - len(listed)} more"] if len(listed) < len(problems) else []
+        title = f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)})"
+        raise AdapterError(f"{title}:\n  " + "\n  ".join([*listed, *more]))

@@ -22,7 +22,7 @@ from moka_core import (
     plan_model,
     preset,
 )
-from moka_core.adapter import raise_problems
+from moka_core.adapter import SHOWN, raise_problems
 from moka_core.config import ALL_LINEAR
 from moka_core.execution import Execution
 from moka_jax.general import General, MokaGeneral
@@ -130,7 +130,7 @@ def import_adapter(
         plan = adapter.layers[name].plan
         if (plan.out_features, plan.in_features) != dims[name]:
             problems.append(f"{name}: adapter is for {plan.key}, the model's layer is {dims[name][0]}x{dims[name][1]}")
-    raise_problems(problems, "adapter does not fit this model")
+    raise_problems(problems, "adapter does not fit this model", shown=SHOWN)
     try:
         configs = {name: adapter.layer_config(name) for name in adapter.layers}
         chosen = _choose(model, sites, {name: layer.plan for name, layer in adapter.layers.items()}, configs)

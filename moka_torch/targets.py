@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moka_core import LayerPlan, MokaConfig, plan_layer, plan_model
-from moka_core.adapter import raise_problems
+from moka_core.adapter import SHOWN, raise_problems
 from moka_core.errors import ConfigError, TargetError
 from moka_core.plan import ALL_LINEAR, matches
 from moka_torch.linear import MokaLinear
@@ -66,7 +66,7 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
     """The plan of exactly the layers that an adapter states, "OUTxIN" by path; its target_modules are not read.
 
     Raises:
-        AdapterError: the model has no such linear layer, or one of other dimensions; all are listed.
+        AdapterError: the model has no such linear layer, or one of other dimensions; the first are listed.
         TargetError: a layer carries an adapter of another method, or is one of the `uncalled_layers`.
     """
     kwargs = get_quantization_kwargs(model)
@@ -82,7 +82,7 @@ def plan_stated(config: MokaConfig, stated: Mapping[str, str], model: nn.Module)
         else:
             refuse_module(path, modules[path], **kwargs)
             plans[path] = plan_layer(config.for_layer(path, *dims), *dims)
-    raise_problems(problems, "the adapter does not fit the model")
+    raise_problems(problems, "the adapter does not fit the model", shown=SHOWN)
     found = uncalled_layers(model)
     _refuse_uncalled({path: found[path] for path in plans if path in found})
     return plans

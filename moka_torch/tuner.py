@@ -94,13 +94,13 @@ class MokaModel(BaseTuner):
         self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
+        allowed = config.allow_other_base  # another base is told before the layers that it has not
+        fingerprint = check_fingerprint(config.base_fingerprint, model, allow_other_base=allowed)
         core = config.to_core()
         plans = plan_choice(config, model)
         if config.layers:
             config.spell_out()
         refuse_special(core.execution, {path: _base_layer(model.get_submodule(path)) for path in plans})
-        allowed = config.allow_other_base
-        fingerprint = check_fingerprint(config.base_fingerprint, model, allow_other_base=allowed)
         held = quantisation(model)
         if None not in (config.base_quantisation, held) and config.base_quantisation != held:
             warnings.warn(

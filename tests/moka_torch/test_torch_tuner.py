@@ -9,7 +9,7 @@ import json
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 import moka_core
 import moka_torch.config
 import moka_torch.mixture
+from conversion import save_adapter
 from moka_core import AdapterError, ConfigError, TargetError, plan_model
 from moka_torch import MokaConfig, MokaLinear, MokaModel, attach, import_adapter, model_fingerprint, register
 from moka_torch.config import STATED_FIELDS, MokaPeftType
@@ -247,6 +248,18 @@ def test_another_base_is_refused(load):
     with pytest.raises(AdapterError, match="this model has no fingerprint"):
         get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}), config)
     get_peft_model(load(), config)
+
+
+def test_another_base_is_told_before_the_layers_that_it_has_not(load, settings, tmp_path):
+    deep = LlamaForCausalLM(tiny_config(num_hidden_layers=5))
+    folder = save_adapter(random_adapter(deep, settings, fingerprint=model_fingerprint(deep)), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"\Abase_fingerprint: the adapter was trained on another base model"):
+        PeftModel.from_pretrained(load(), str(folder))
+    with pytest.raises(AdapterError, match=r"does not fit the model \(9 problems\)") as caught:
+        PeftModel.from_pretrained(load(), str(folder), allow_other_base=True)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 8 + 1
+    assert lines[-1] == "  and 1 more"
 
 
 @pytest.mark.parametrize("name", ["0", "1", "12", "layers", "q_proj", "base_layer", "moka_factor_a"])
