@@ -190,7 +190,7 @@ def _read_config(folder: Path) -> tuple[MokaConfig, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(f"{path}: expected JSON; {error}") from error
+        raise AdapterError(f"{path}: expected JSON; {error}{_again(error)}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object; got {type(values).__name__}")
     if values.get("peft_type") != "MOKA":
@@ -227,6 +227,11 @@ def _read_config(folder: Path) -> tuple[MokaConfig, dict[str, Any]]:
             f"{own['base_quantisation']!r}"
         )
     return config, {**own, "sealed": sealed_text(values)}
+
+
+def _again(error: Exception) -> str:
+    """What to do about a file that can be read, but not understood."""
+    return "" if isinstance(error, OSError) else "; copy the folder again from where it came from"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -301,6 +306,6 @@ def _read_tensors(folder: Path, config: MokaConfig, plans: Mapping[str, LayerPla
                         array = arrays[layer][name] = file.get_tensor(f"{PREFIX}{layer}.moka_{name}")
                         problems += finite_problems(array, f"{layer}: {name}")
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: expected a safetensors file; {error}") from error
+        raise AdapterError(f"{path}: expected a safetensors file; {error}{_again(error)}") from error
     raise_problems([*dict.fromkeys(unknown), *problems], f"{path} does not hold what {CONFIG_FILE} says")
     return arrays

@@ -96,7 +96,8 @@ def check_seal(expected: Any, text: str, tensors: Mapping[str, np.ndarray], *, w
     raise AdapterError(
         f"{where}: the checksum in adapter_config.json is {got}, that of the adapter {found[:16]}…: its settings or "
         "its tensors are not the ones that were written. Copy the folder again from where it came from, both files "
-        "together; what was changed on purpose goes through save_adapter(load_adapter(folder, verify=False), …)"
+        "together. For what was changed on purpose there is no command: in Python "
+        "save_adapter(load_adapter(folder, verify=False), new_folder) writes it with its own checksum"
     )
 
 
