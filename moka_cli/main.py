@@ -71,7 +71,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as key.sub=value.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what memory each part will take, load nothing, and stop.")
+        bool, typer.Option("--dry-run", help="Read the first examples, say what memory each part will take, and stop.")
     ] = False,
 ) -> None:
     """Train an adapter in JAX, or go on with a run that was stopped.

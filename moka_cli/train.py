@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moka_core import Adapter, ConfigError, ModelError, base_difference
-from moka_core.adapter import raise_problems
+from moka_core import Adapter, AdapterError, ConfigError, ModelError, base_difference
+from moka_core.adapter import SHOWN, raise_problems
 from moka_core.paths import no_file, no_folder
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moka_jax.train import TrainConfig, TrainResult
     from moka_jax.train.saved import Which
 
+PROBED = 20  # examples of a file that a dry run reads
 # What a tokenizer's JSON objects are called in a model folder; those that transformers writes no more may be there.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -47,7 +48,10 @@ def run_train(config_file: Path, overrides: list[str]) -> None:
 
 
 def run_dry(config_file: Path, overrides: list[str]) -> None:
-    """Tell what memory a run will take on each device, and refuse one that cannot fit; nothing is loaded or written."""
+    """Tell what memory a run will take on each device, and refuse one that cannot fit; no weight is read.
+
+    Of each file of examples the first ones are read as the run will read them.
+    """
     from moka_jax.train import TrainConfig
     from moka_jax.train.memory import GIGA, plan_memory
 
@@ -55,9 +59,12 @@ def run_dry(config_file: Path, overrides: list[str]) -> None:
     console = Console()
     with console.status("planning"):
         config, start = resolve_start(config)
-        planned, _ = preflight(config)
+        planned, tokenizer = preflight(config)
+        told = probe_data(config, tokenizer)
         plan = plan_memory(planned, config)
     tell_start(console, config, start)
+    for line in told:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table("on each device", "GB", title=f"{config.base} on {plan.devices} x {plan.device}")
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIGA:.3f}")
@@ -66,6 +73,26 @@ def run_dry(config_file: Path, overrides: list[str]) -> None:
     table.add_row("there is", "unknown" if plan.capacity is None else f"{plan.capacity / GIGA:.3f}")
     console.print(table)
     plan.check()
+
+
+def probe_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the first examples of each file are, in words; a pipe is left alone, as what is read from it is gone.
+
+    Raises:
+        DataError: see `load_dataset`.
+    """
+    from moka_jax.train import load_dataset
+
+    lines, settings = [], config.data
+    for name, path in (("data.train", settings.train), ("data.eval", settings.eval)):
+        if path is None or Path(path).is_fifo():
+            continue
+        found = load_dataset(
+            path, tokenizer, max_length=settings.max_length, chat_template=settings.chat_template, first=PROBED
+        )
+        told = f"the first {len(found.examples)}" if len(found.examples) == PROBED else f"all {len(found.examples)}"
+        lines.append(f"{name}: {told} examples of {path} can be used, the longest has {found.longest} tokens")
+    return lines
 
 
 def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
@@ -77,6 +104,7 @@ def train_from_config(config: TrainConfig, console: Console) -> TrainResult:
     start_processes()
     config, start = resolve_start(config)
     planned, tokenizer = preflight(config)
+    probe_data(config, tokenizer)
     plan_weights(planned).check()
     console.quiet = not is_first()
     tell_start(console, config, start)
@@ -174,7 +202,7 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     """
     from conversion import load_adapter, open_base
     from conversion.adapter_folder import folder_config
-    from moka_core import Architecture, check_base, plan_model
+    from moka_core import Architecture, plan_model
     from moka_jax.train import AdapterSettings
     from moka_jax.train.checkpoint import CheckpointError
     from moka_jax.train.saved import readable_settings
@@ -200,7 +228,13 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         return dataclasses.replace(config, adapter=settings), None
     adapter = load_adapter(start)
     base = open_base(config.base, quantise=config.quantise)
-    check_base(adapter.base_fingerprint, base.fingerprint)
+    expected = adapter.base_fingerprint
+    difference = None if expected is None else base_difference(expected, base.fingerprint)
+    if difference is not None:
+        raise AdapterError(
+            f"adapter.start: {start} was trained on another base model than {config.base}: {difference}; set base to "
+            "the adapter's own (base_model_name_or_path in its adapter_config.json)"
+        )
     model = Architecture.from_hf_config(base.config)
     linear = model.linear_layers()
     raise_problems(
@@ -210,6 +244,7 @@ def resolve_start(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
             if linear.get(path) != (layer.plan.out_features, layer.plan.in_features)
         ],
         f"{start}: this adapter does not fit {config.base}",
+        shown=SHOWN,
     )
     own = adapter.config
     if plan_model(own, linear).keys() != adapter.layers.keys():  # targets that were meant for another model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -97,7 +98,12 @@ class _LineProblem(Exception):
 
 
 def load_dataset(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512, chat_template: bool = True
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    chat_template: bool = True,
+    first: int | None = None,
 ) -> Dataset:
     """The examples of a JSON-lines file as tokens.
 
@@ -112,6 +118,7 @@ def load_dataset(
             what is learned.
         chat_template: write prompt and completion as messages if the tokenizer has a chat template; otherwise an
             example is the prompt, the completion and the end-of-text token, one after the other.
+        first: read so many examples only; None: all.
 
     Raises:
         DataError: the file cannot be read or has no examples; a line is no such example; a prompt alone fills
@@ -122,7 +129,7 @@ def load_dataset(
     problems: list[str] = []
     lines: list[_Line] = []
     total = 0
-    for where, raw in _raw_lines(path):
+    for where, raw in itertools.islice(_raw_lines(path), first):
         total += 1
         try:
             texts, chat = _texts(_parse(raw), tokenizer, template, chat_template)
@@ -148,7 +155,9 @@ def load_dataset(
     if problems:
         more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(
-            f"{path}: {len(problems)} of {total} examples cannot be used:\n  " + "\n  ".join(problems[:_SHOWN]) + more
+            f"{path}: {len(problems)} of {total} examples cannot be used; correct these lines or take them out:\n  "
+            + "\n  ".join(problems[:_SHOWN])
+            + more
         )
     digest = hashlib.sha256()
     for example in examples:
@@ -182,7 +191,10 @@ def _raw_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
                 if raw.strip():
                     yield f"{path}:{number}", raw
     except OSError as error:
-        raise DataError(f"{path}: expected a JSON-lines file that can be read; {error}") from error
+        raise DataError(
+            f"{path}: expected a JSON-lines file that can be read; {error}; data.train and data.eval name such files, "
+            "relative to where the command runs"
+        ) from error
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

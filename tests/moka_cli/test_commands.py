@@ -305,6 +305,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(base, tmp_path, capsys, name
         (["mesh={data: 2}", "batch_size=3"], "batch_size: expected a multiple of mesh.data · mesh.fsdp, 2; got 3"),
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
         (["data.eval=nowhere.jsonl"], "nowhere.jsonl: expected a JSON-lines file that can be read; "),
+        (["data.train=nowhere.jsonl"], "data.train and data.eval name such files, relative to where the command runs"),
+        (["data.eval=HERE/bad"], "bad:2: unknown key 'completio' (did you mean 'completion'?)"),
+        (["data.train=HERE/bad"], "bad: 1 of 2 examples cannot be used; correct these lines or take them out"),
         (["data.train=HERE/empty"], "empty: expected at least one line with an example; the file has none"),
         (["adapter.r=1000000"], "r: expected at most 81,920 terms on a layer 128x128, for each of its shapes (5) as"),
         (["output=HERE/empty"], "output: expected a folder that can be made and written into, "),
@@ -319,6 +322,7 @@ def test_what_a_run_refuses_its_dry_run_refuses_and_nothing_is_loaded(
     run, base, tmp_path, capsys, monkeypatch, changes, message, dry
 ):
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bad").write_text('{"text": "a"}\n{"prompt": "a", "completio": "b"}\n')
     (tmp_path / "swapped" / "metrics.jsonl").mkdir(parents=True)
     shutil.copytree(base, tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
     before = sorted(tmp_path.rglob("*"))
@@ -347,7 +351,10 @@ def test_planning_makes_no_array_and_tells_where_each_will_be(run):
 
 def test_a_dry_run_plans_and_leaves_nothing(run, tmp_path, capsys):
     assert call("train", run / "run.yaml", "--dry-run", f"output={tmp_path / 'new' / 'out'}") == 0
-    assert "together" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "together" in printed
+    assert f"data.train: the first 20 examples of {run / 'train.jsonl'} can be used, the longest has " in printed
+    assert f"data.eval: all 5 examples of {run / 'eval.jsonl'} can be used" in printed
     assert not list(tmp_path.iterdir())
 
 
