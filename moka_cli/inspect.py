@@ -21,6 +21,7 @@ from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, ConfigError, LayerPlan
 from moka_core.adapter import path_order
 from moka_core.config import RUNTIME_FIELDS
+from moka_core.fingerprint import has_sketch
 from moka_core.spectrum import DEAD, REPEATS, LayerFigures, effective_rank, layer_figures, stable_rank
 
 Kind = tuple[str, LayerPlan]  # the last part of a layer's path, and its shapes
@@ -188,6 +189,8 @@ def _print(
 def _print_head(console: Console, summary: dict[str, Any], adapter: Adapter) -> None:
     config, base = summary["config"], summary["base"]
     fingerprint = f"fingerprint {base['fingerprint'][:12]}…" if base["fingerprint"] else "no fingerprint"
+    if base["fingerprint"] and not has_sketch(base["fingerprint"]):
+        fingerprint += " without linear weights"
     targets = config["target_modules"]
     own = [name for name in ("shapes_pattern", "scale_pattern") if config[name]]
     rows = {

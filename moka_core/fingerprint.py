@@ -139,7 +139,16 @@ def check_base(expected: str | None, found: str | None, *, allow_other_base: boo
             "base (base_model_name_or_path in its adapter_config.json), or allow another base explicitly "
             "(allow_other_base=True, --allow-other-base)"
         )
-    return expected if difference is None and _parts(expected)[1] else found
+    return expected if difference is None and has_sketch(expected) else found
+
+
+def has_sketch(fingerprint: str) -> bool:
+    """Whether a fingerprint says something of the linear weights, or is a digest alone.
+
+    >>> has_sketch("0" * 64), has_sketch("0" * 64 + ".q_proj:0123456789abcdef")
+    (False, True)
+    """
+    return bool(_parts(fingerprint)[1])
 
 
 def _parts(fingerprint: str) -> tuple[str, dict[str, str]]:

@@ -108,7 +108,7 @@ def test_the_tables_say_what_the_json_says(folder, capsys):
     assert call(folder, "--layers") == 0
     text = printed(capsys)
     assert f"format version 2, checksum {values['checksum'][:12]}… right" in text
-    assert "base tiny, fingerprint 0123456789ab…, held as nf4" in text
+    assert "base tiny, fingerprint 0123456789ab… without linear weights, held as nf4" in text
     assert f"trained {values['trainable']:,} parameters of 6 layers, {values['trainable']:,} in float32" in text
     assert f"adapter_model.safetensors {values['bytes']['adapter_model.safetensors']:,} bytes" in text
     kinds = {
