@@ -38,10 +38,12 @@ def which(folder: Path, known: dict[str, Adapter]) -> str:
     return next((name for name, one in known.items() if content(one) == found), "neither")
 
 
-def write_for_ever(target: Path, known: dict[str, Adapter]) -> None:
+def write_for_ever(target: Path, known: dict[str, Adapter], done: int) -> None:
+    """Write one after the other, and a byte into a pipe after each."""
     while True:
         for one in known.values():
             save_adapter(one, target, overwrite=True)
+            os.write(done, b".")
 
 
 def main(folder: Path, kills: int) -> None:
@@ -55,16 +57,21 @@ def main(folder: Path, kills: int) -> None:
     once = (time.monotonic() - start) / 2
     after: dict[str, int] = {}
     reads = drafts = 0
-    for _ in range(kills):
+    for kill in range(kills):
+        told, done = os.pipe()
         pid = os.fork()
         if pid == 0:
-            write_for_ever(target, known)
+            write_for_ever(target, known, done)
+        os.close(done)
+        for _ in range(kill % 3):  # so that either may stand there, however slow the machine is
+            os.read(told, 1)
         end = time.monotonic() + rng.uniform(0, 2 * once)
         while time.monotonic() < end:
             assert which(target, known) != "neither"
             reads += 1
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(told)
         name = which(target, known)
         after[name] = after.get(name, 0) + 1
         for left in folder.glob(".adapter.*"):

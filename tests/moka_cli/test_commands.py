@@ -143,7 +143,7 @@ def test_json_is_one_option_in_every_command(monkeypatch, tmp_path, capsys):
     assert "trainable parameters" in capsys.readouterr().out
     assert Path("figures.json").read_text() == alone
     assert call(*arguments, "nowhere/figures.json") == 1
-    assert "--json nowhere/figures.json: expected an existing folder; nowhere is none" in capsys.readouterr().err
+    assert "nowhere/figures.json: expected an existing folder; nowhere is none" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
 
 
