@@ -190,7 +190,7 @@ class MokaConfig(PeftConfig):
     checksum: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
     filled_in: dict[str, Any] | None = field(default=None, repr=False, compare=False)  # see `stated`
-    sealed: str | None = field(default=None, repr=False, compare=False)  # what `checksum` covers, as the file had it
+    sealed: str | None = field(default=None, repr=False, compare=False)  # what `checksum` covers in the file, "": none
     taken: str | None = field(default=None, repr=False, compare=False)  # the checksum of what is about to be saved
 
     def __post_init__(self) -> None:
@@ -377,6 +377,8 @@ class MokaConfig(PeftConfig):
         given = {key: value for key, value in fields.items() if value is not None}
         runtime = {key: given.pop(key) for key in OWN_RUNTIME_FIELDS if key in given}
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if config.checksum is None:
+            config.sealed = ""  # it is told from a config that a caller made, if tensors come with it
         contrary = [key for key, value in given.items() if getattr(config, key) != _listed(value)]
         if contrary:
             said = [f"{key}: got {given[key]!r}, but {_FILE} has {getattr(config, key)!r}" for key in contrary]

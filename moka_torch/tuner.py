@@ -110,7 +110,7 @@ class MokaModel(BaseTuner):
             )
         if not _is_loaded_by_peft():
             config.checksum = config.sealed = None  # a fresh adapter with the settings of a saved one
-        elif config.checksum is None:
+        elif config.checksum is None and config.sealed is not None:
             raise AdapterError(
                 f"adapter {adapter_name!r}: checksum: expected one in adapter_config.json; got none. Take the folder "
                 "as it was saved"

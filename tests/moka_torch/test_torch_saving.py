@@ -291,6 +291,20 @@ def test_tensors_of_a_config_without_layers_and_checksum_are_refused(load, folde
         PeftModel.from_pretrained(load(), folder)
 
 
+def test_a_callers_own_config_needs_no_checksum(load, folder):
+    """As PEFT has it: the file's config is not read then, and what does not fit is told by the tensors alone."""
+    expected = PeftModel.from_pretrained(load(), folder)
+    config = expected.peft_config["default"]
+    assert config.checksum is None
+    model = PeftModel.from_pretrained(load(), folder, config=config)
+    assert model.peft_config["default"] is config
+    assert torch.equal(logits(model), logits(expected))
+    stated = json.loads((folder / "adapter_config.json").read_text())
+    other = MokaConfig(r=stated["r"] + 1, target_modules=stated["target_modules"])
+    with pytest.raises(AdapterError, match="does not fit the model"):
+        PeftModel.from_pretrained(load(), folder, config=other)
+
+
 def test_a_base_held_in_another_way_is_told(load, folder):
     with pytest.warns(UserWarning, match="was trained on a base held as 'none'; this one is held as 'nf4-double'"):
         PeftModel.from_pretrained(load(4), folder)
