@@ -274,13 +274,14 @@ class MokaConfig(PeftConfig):
     ) -> MokaConfig:
         """A copy that states which layers of a model it adapts, and the plan of each; see `STATED_FIELDS`.
 
-        One that is not trained here (`inference_mode`) stays what it was: no base is made up for it if none was known.
+        One that stated its layers before and is not trained here (`inference_mode`), as from a file, stays what it was:
+        no base is made up for it if none was known.
         """
         copied, core = copy.deepcopy(self), self.to_core()
         layers = {p: (core.for_layer(p, plan.out_features, plan.in_features), plan) for p, plan in plans.items()}
         copied._take(moka_core.MokaConfig.of_layers(layers, r=self.r, scale=self.scale))
         copied.layers = {path: plan.key for path, plan in plans.items()}
-        if not self.inference_mode:
+        if not (self.inference_mode and self.layers):
             copied.base_fingerprint, copied.base_quantisation = base_fingerprint, base_quantisation
         elif self.base_fingerprint is not None:
             copied.base_fingerprint = base_fingerprint
