@@ -170,11 +170,14 @@ _ORDERS = {
     (1, 0, 3, 2): "the order of the Kronecker product: B ⊗ A in place of A ⊗ B",
     (0, 1, 3, 2): "the order of the input: x is read column by column in place of row by row",
     (1, 0, 2, 3): "the order of the output: y is written column by column in place of row by row",
+    (2, 3, 0, 1): "a transpose: ΔWᵀ in place of ΔW",
 }
 
 
 def _arrangement(found: np.ndarray, terms: list[_Term], right: np.ndarray, tell: float) -> str | None:
     for order, cause in _ORDERS.items():
+        if order == (2, 3, 0, 1) and found.shape[0] != found.shape[1]:
+            continue
         left = found.copy()
         for weight, term in zip(right, terms, strict=True):
             left -= weight * term.blocks().transpose(order).reshape(found.shape)
@@ -229,14 +232,26 @@ def _no_gates(fitted: np.ndarray, right: np.ndarray, config: MokaConfig, layer: 
     stable = np.array([stable_factor(config, shape) for shape in layer.plan.term_shapes()])
     if config.scaling != "none" and (np.abs(fitted - right / stable) <= blur).all():
         return f"the scale: scaling={config.scaling!r} is left out"
+    if layer.gate_logits is not None:
+        logits, constants = layer.gate_logits.astype(np.float64), config.scale * stable
+        for named, shares in (
+            ("are all 1", np.ones(len(logits))),
+            ("are the logits themselves, without a softmax", logits),
+            ("are the logistic function of each logit, in place of their softmax", 1 / (1 + np.exp(-logits))),
+        ):
+            if (np.abs(fitted - shares * constants) <= blur).all():
+                return f"the gates: they {named}"
     times = fitted / right
     odd = np.flatnonzero(np.abs(fitted - right) > blur)
     if len(odd) < len(right) and np.ptp(times[odd]) <= 2 * (blur / np.abs(right))[odd].max():
-        which = f"term{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {times[odd[0]]:.4g}"
+        which = f"term{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
+        if (np.abs(fitted[odd]) <= blur[odd]).all():
+            return f"{which}: left out; every other term is right"
+        which += f": {times[odd[0]]:.4g}"
         return f"a factor, or the scale, of {which} times what it should be; every other term is right"
     return (
-        f"the scale, or factors: the terms count {_list(times)} times what they should, which no gates do, as those "
-        "are positive and sum to 1"
+        f"the scale, factors, or gates that are no softmax: the terms count {_list(times)} times what they should, "
+        "which no softmax gives, as its shares are positive and sum to 1"
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 import ml_dtypes
 import numpy as np
 
-from conversion.adapter_folder import folder_config
 from conversion.base_weights import BaseFolder, flax_place
 from conversion.bitsandbytes_state import to_bitsandbytes
 from conversion.merge_report import MergeError, MergeReport
@@ -38,6 +37,7 @@ from moka_core.adapter import SHOWN, raise_problems
 from moka_core.delta import delta_rows
 from moka_core.fingerprint import MERGED, merged_adapters
 from moka_core.nf4 import BLOCK, NESTED_BLOCK
+from moka_core.seal import merge_mark
 from moka_core.tensor_spec import Packing, TensorSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -82,8 +82,8 @@ def merge_folder(
     float32 and from there to `dtype`. Every other tensor is cast to `dtype`. With `pack`, W′ = Q(W + ΔW) in NF4
     instead, for the linear layers that the base holds packed or, if it holds all of them dense, for those of the
     transformer blocks. Without an adapter and packed the same way, a layer keeps its codes and scales. The new
-    config.json names the adapter's checksum in `moka_merged`, which makes the model another base than the old one:
-    see `base_fingerprint`.
+    config.json names the adapter in `moka_merged`, which makes the model another base than the old one: see
+    `base_fingerprint` and `merge_mark`.
 
     In memory are one shard, one tensor as it is stored, and pieces of half a million entries; for a layer to pack also
     W + ΔW in float32.
@@ -344,7 +344,8 @@ def _config(
         config["tie_word_embeddings"] = False
     if pack is not None:
         config["quantization_config"] = _quantization_config(outputs, dtype, pack)
-    config[MERGED] = [*merged_adapters(base.config), folder_config(adapter)["checksum"]]
+    layers = {path: (adapter.layer_config(path), dict(layer.tensors())) for path, layer in adapter.layers.items()}
+    config[MERGED] = [*merged_adapters(base.config), merge_mark(layers)]
     return config
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from conversion.base_weights import BaseFolder, open_base
 from moka_core import Architecture, ModelError, base_fingerprint
+from moka_core.fingerprint import MERGED
 
 _PIECE = 1 << 22
 
@@ -75,7 +76,8 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> Mo
         for field in dataclasses.fields(Architecture)
         if getattr(one, field.name) != getattr(other, field.name)
     ]
-    if not problems and base_fingerprint(pair.base.config, {}) != base_fingerprint(pair.tuned.config, {}):
+    digests = {base_fingerprint({**folder.config, MERGED: None}, {}) for folder in (pair.base, pair.tuned)}
+    if not problems and len(digests) > 1:
         problems = ["the rotary settings or rms_norm_eps differ"]
     if not problems:
         before, after = pair.base.specs(), pair.tuned.specs()

@@ -84,10 +84,10 @@ def new_file(target: Path) -> Iterator[Path]:
         PathError: the file cannot be made, written by the block, or renamed.
     """
     with _told(target):
-        target = Path(os.path.realpath(target))
-        if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+        if _is_special(target):
             yield target
             return
+        target = Path(os.path.realpath(target))
         ending = target.suffix if len(target.suffix) < 10 else ""  # by which some choose a format
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=ending, dir=target.parent)
         os.close(handle)
@@ -134,14 +134,15 @@ def check_file(target: Path) -> None:
         PathError: its folder is not there, a folder stands in its place, or nothing can be written there.
     """
     with _told(target):
+        if _is_special(target):
+            return
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISDIR(target.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         real = Path(os.path.realpath(target))
         if not os.path.isdir(real.parent):
             raise PathError(f"{target}: expected an existing folder; {target.parent} is none")
-        if not os.path.exists(real) or os.path.isfile(real):
-            os.rmdir(tempfile.mkdtemp(prefix=_prefix(real), dir=real.parent))
+        os.rmdir(tempfile.mkdtemp(prefix=_prefix(real), dir=real.parent))
 
 
 def write_json(target: Path, values: Any) -> None:
@@ -163,6 +164,11 @@ def set_aside(target: Path) -> Path | None:
         return None
     prefix = _prefix(target)
     return next((target.parent / name for name in names if name.startswith(prefix) and name.endswith(".old")), None)
+
+
+def _is_special(target: Path) -> bool:
+    """Whether it is a device or a pipe, by whatever name: of /dev/fd/1 the real path need not exist."""
+    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
 
 
 def _prefix(target: Path) -> str:

@@ -335,19 +335,26 @@ def token_batches(
 def _random(
     sides: Sequence[ForwardProbe], logits: Sequence[np.ndarray], tokens: np.ndarray, traces: Traces
 ) -> Diagnosis | None:
-    """A model that does not agree with itself: one row of tokens, run twice over in one batch, and as it ran before.
+    """A model that does not agree with itself: the batch run again, and one of its rows twice over in one batch.
 
-    Two rows show masks that differ by row alone, as those of a fixed key do.
+    Two equal rows show masks that differ by row alone, as those of a fixed key do.
     """
     for side, before in zip(sides, logits, strict=True):
-        one, other = side.logits(np.repeat(tokens[:1], 2, axis=0))
-        error = max(relative(one, other), relative(one, before[0]))
-        if error <= MODULE_BOUND or not np.isfinite((one, other, before[0])).all():
+        again, twice = side.logits(tokens), side.logits(np.repeat(tokens[:1], 2, axis=0))
+        if not (np.isfinite(again).all() and np.isfinite(twice).all() and np.isfinite(before).all()):
             continue
-        cause = (
-            f"randomness, in {side.label}: the same tokens give other logits when they run again ({error:.1e}); "
-            "dropout is left on, in the adapter or in the model"
-        )
+        if (error := relative(again, before)) > MODULE_BOUND:
+            cause = (
+                f"randomness, in {side.label}: the same tokens give other logits when they run again ({error:.1e}); "
+                "dropout is left on, in the adapter or in the model"
+            )
+        elif (error := relative(twice[0], twice[1])) > MODULE_BOUND:
+            cause = (
+                f"rows, in {side.label}: the same tokens give other logits in another row of a batch ({error:.1e}), "
+                "each time the same; dropout is left on with a fixed key, or rows are not computed alike"
+            )
+        else:
+            continue
         first = traces.first
         where, figure = ("logits", error) if first is None else (first.module, first.figure)
         return Diagnosis(module=where, figure=figure, bound=MODULE_BOUND, cause=cause)

@@ -96,8 +96,9 @@ def run_import(
         config = with_lora_terms(config, layers, lora_terms)
     plans = plan_model(config, layers)
     console = text_console(json_file)
-    if lora is not None:
-        _note_base(console, source, base)
+    notes = [] if lora is None else _notes(source, base)
+    for note in notes:
+        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False, soft_wrap=True)
     with console.status("comparing with the base"):
         read = _read_source(source, base, lora, plans)
     if read.left_behind and not only_targets:
@@ -115,7 +116,7 @@ def run_import(
         base_quantisation=opened.quantisation,
     )
     save_adapter(adapter, out)
-    write_json(json_file, {"source": str(source), "base": str(base), **summary})
+    write_json(json_file, {"source": str(source), "base": str(base), "notes": notes, **summary})
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers"
     console.print(f"{told}\nnext: adapter: {{start: {out}}} in the config of moka train", highlight=False, markup=False)
 
@@ -284,18 +285,17 @@ def _read_source(source: Path, base: Path, lora: dict[str, LoraLayer] | None, pl
     return Source(delta=delta, lora=lora, left_behind=left_behind)
 
 
-def _note_base(console: Console, source: Path, base: Path) -> None:
-    """Say if a LoRA names another base than the one given: it may be the same model, so this is no error."""
+def _notes(source: Path, base: Path) -> list[str]:
+    """That a LoRA names another base than the one given: it may be the same model, so this is no error."""
     from conversion.lora_folder import stated_base
 
     stated = stated_base(source)
-    if stated is not None and Path(stated).resolve() != base.resolve():
-        console.print(
-            f"[yellow]note[/yellow]: the LoRA was trained on {escape(repr(stated))}, says its adapter_config.json; the "
-            f"base given is {escape(repr(str(base)))}. Only on the same model does its ΔW mean the same",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if stated is None or Path(stated).resolve() == base.resolve():
+        return []
+    return [
+        f"the LoRA was trained on {stated!r}, says its adapter_config.json; the base given is {str(base)!r}. Only on "
+        "the same model does its ΔW mean the same"
+    ]
 
 
 def _check_options(out: Path, json_file: Path | None, max_error: float | None, lora_terms: int) -> None:
@@ -333,7 +333,7 @@ def _left_behind_message(source: Path, changes: dict[str, float]) -> str:
 def _print(console: Console, source: Path, summary: dict[str, Any]) -> None:
     lora = summary["total"]["lora_parameters"] is not None
     columns = ["layer", "out x in", "layers", "median error", "worst", *["LoRA parameters"] * lora, "MoKA parameters"]
-    table = Table(*columns, title=f"nearest mixtures to {source}")
+    table = Table(*columns, title=f"nearest mixtures to {escape(str(source))}")
     for row in [*summary["kinds"], {"kind": "all", "shape": "", **summary["total"]}]:
         errors = ["-" if row[name] is None else f"{row[name]:.4f}" for name in ("median_error", "worst_error")]
         counts = [f"{row['lora_parameters']:,}"] if lora else []

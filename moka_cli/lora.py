@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Column, Table
 
 from moka_cli.figures import check_json, text_console, write_json
@@ -52,7 +53,7 @@ def run_lora(
     held, linear_layers = loaded.quantisation(quantise), None
     if base is not None:
         linear_layers = base_layers(loaded, base, quantise=held, allow_other_base=allow_other_base)
-        loaded = dataclasses.replace(loaded, base_model=str(base))
+        loaded = dataclasses.replace(loaded, base_model=os.path.abspath(base))
     with console.status("approximating") as status:
 
         def measure(draft: Path, report: LoraReport) -> None:
@@ -74,7 +75,7 @@ def run_lora(
     console.print(kinds_table(report))
     console.print(worst_table(report))
     for note in report.notes:
-        console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
     values: dict[str, Any] = report.to_dict()
     for measured in found:
         values["logits"] = {**measured.to_dict(), "quantise": held}
@@ -85,6 +86,7 @@ def run_lora(
         f"({report.parameters / report.moka_parameters:.1f} times the {report.moka_parameters:,} of the adapter); "
         f"relative error of ΔW {report.total:.2g} in all, {report.worst.relative:.2g} in the worst layer",
         highlight=False,
+        markup=False,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -61,12 +62,12 @@ def show(report: MergeReport, console: Console) -> None:
     """The table of errors, and in words what was written, what was not, and what to do about losses."""
     console.print(error_table(report))
     files = f"{len(report.files)} file{'s' * (len(report.files) > 1)}"
-    console.print(f"[green]{report.folder}[/green]: {report.bytes / 1e9:.2f} GB in {files}")
-    console.print(f"taken over as they are: {', '.join(report.copied) or 'nothing'}", highlight=False)
+    console.print(f"[green]{escape(str(report.folder))}[/green]: {report.bytes / 1e9:.2f} GB in {files}")
+    console.print(f"taken over as they are: {', '.join(report.copied) or 'nothing'}", highlight=False, markup=False)
     if report.left_out:
-        console.print(f"not taken over: {', '.join(report.left_out)}", highlight=False)
+        console.print(f"not taken over: {', '.join(report.left_out)}", highlight=False, markup=False)
     for note in report.notes:
-        console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
     lost = report.total.lost or 0.0
     if report.pack is not None:
         console.print(

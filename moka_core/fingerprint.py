@@ -23,7 +23,7 @@ _NUMBERS = (
     "head_dim",
     "rms_norm_eps",
 )
-MERGED = "moka_merged"  # the field of a merged model's config.json: the checksums of what was merged, in order
+MERGED = "moka_merged"  # the field of a merged model's config.json: the marks of what was merged, in order
 # Of a kind's digits that both fingerprints know, the share that may differ. Measured in docs/fingerprint.md.
 MOST_DIFFERENT = 0.4
 FEWEST_KNOWN = 48  # a kind of fewer digits known to both says nothing
@@ -76,14 +76,14 @@ def base_fingerprint(
 
 
 def merged_adapters(hf_config: Mapping[str, Any]) -> list[str]:
-    """The checksums of the adapters that were merged into a model, by what its config.json says.
+    """The marks (`merge_mark`) of the adapters that were merged into a model, by what its config.json says.
 
     Raises:
         ModelError: it says something else than a list of strings.
     """
     merged = hf_config.get(MERGED) or []
     if not isinstance(merged, (list, tuple)) or not all(isinstance(entry, str) for entry in merged):
-        raise ModelError(f"config.json: {MERGED}: expected a list of checksums; got {merged!r}")
+        raise ModelError(f"config.json: {MERGED}: expected a list of marks, which are texts; got {merged!r}")
     return list(merged)
 
 

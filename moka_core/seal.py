@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from moka_core.config import PATTERN_FIELDS
+from moka_core.config import PATTERN_FIELDS, MokaConfig
 from moka_core.errors import AdapterError
 
 FORMAT_VERSION = 2
@@ -77,6 +78,28 @@ def adapter_checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
             array = array.view(f"u{array.itemsize}").byteswap()
         digest.update(array.view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
+
+
+def merge_mark(layers: Mapping[str, tuple[MokaConfig, Mapping[str, np.ndarray]]]) -> str:
+    """What is noted of an adapter that was merged into a model: the same for it in every precision and either backend.
+
+    The SHA-256 of `adapter_checksum`, of the tensors in bfloat16 (to nearest, ties to even) by "<path>.<name>", and of
+    the text {"<path>": [gate, identity, scaling, scale], …}, JSON as that of `sealed_text`, with the scale that the
+    layer was merged with as C's "%.6g" writes it.
+
+    Args:
+        layers: for each layer by its path, its settings and its tensors by the names of `LayerFactors.tensors`.
+    """
+    settings = {
+        path: [config.gate, config.identity, config.scaling, format(config.scale, ".6g")]
+        for path, (config, _) in layers.items()
+    }
+    tensors = {
+        f"{path}.{name}": array.astype(np.float32).astype(ml_dtypes.bfloat16)
+        for path, (_, named) in layers.items()
+        for name, array in named.items()
+    }
+    return adapter_checksum(json.dumps(settings, sort_keys=True, separators=(",", ":")), tensors)
 
 
 def check_seal(expected: Any, text: str, tensors: Mapping[str, np.ndarray], *, where: str) -> None:

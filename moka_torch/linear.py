@@ -383,12 +383,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        merged = self._shifted(names, sign=1)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise AdapterError(
-                f"NaNs detected in the merged weights. The adapter {' or '.join(names)} seems to be broken: W + ΔW has "
-                "NaN or infinite entries. The base weight was left as it was; check the adapter, or the base's dtype."
-            )
+        merged = self._finite(names) if safe_merge else self._shifted(names, sign=1)
         if self.quantization_backend is not None:
             warnings.warn(
                 f"merging into a {self.quantization_backend.backend_name} layer encodes it again, and what of ΔW "
@@ -422,6 +417,32 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         finally:
             self.scaling.update(current)
         self.merged_adapters.clear()
+
+    def check_finite(self, adapter_names: Sequence[str]) -> None:
+        """Return if W + ΔW of those of these adapters that are not merged yet is finite.
+
+        Raises:
+            AdapterError: it is not.
+        """
+        names = [name for name in self._present(list(adapter_names)) if name not in self.merged_adapters]
+        if names:
+            self._finite(names)
+
+    def merged_scale(self, adapter_name: str) -> float:
+        """The scale with which an adapter is merged, or would be now."""
+        merged = adapter_name in self.merged_adapters
+        return (self._merged_scaling if merged else self.scaling)[adapter_name]
+
+    @torch.no_grad()
+    def _finite(self, names: Sequence[str]) -> Tensor:
+        """W + ΔW, if all of it is finite."""
+        merged = self._shifted(names, sign=1)
+        if not torch.isfinite(merged).all():
+            raise AdapterError(
+                f"NaNs detected in the merged weights. The adapter {' or '.join(names)} seems to be broken: W + ΔW has "
+                "NaN or infinite entries. The base weight was left as it was; check the adapter, or the base's dtype."
+            )
+        return merged
 
     def _shifted(self, adapter_names: Sequence[str], *, sign: int) -> Tensor:
         """W ± Σ ΔW as a new tensor of W's dtype, summed in float32 at least and rounded once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from moka_core import plan_layer
 from moka_core.adapter import raise_problems
 from moka_core.errors import AdapterError
 from moka_core.fingerprint import MERGED
-from moka_core.seal import adapter_checksum
+from moka_core.seal import adapter_checksum, merge_mark
 from moka_torch.config import MokaConfig
 from moka_torch.linear import MokaLinear
 from moka_torch.loading import CHECKPOINT_PREFIX, adapted_layers, plain_path, to_numpy
@@ -77,27 +79,43 @@ def _checksum(config: MokaConfig, own: Mapping[str, Tensor], adapter_name: str) 
     return adapter_checksum(config.seal_text(), arrays)
 
 
-def merged_checksums(model: nn.Module, configs: Mapping[str, Any], adapter_names: Sequence[str]) -> list[str]:
-    """The checksums of the adapters that are merged already or of these names, as they would be saved now."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MokaLinear)]
-    before = [name for layer in layers for name in layer.merged_adapters]
-    checksums = []
+def merge_marks(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+    """`moka_core.seal.merge_mark` of the adapters that are merged already, and of these."""
+    layers = {plain_path(path): layer for path, layer in model.named_modules() if isinstance(layer, MokaLinear)}
+    before = [name for layer in layers.values() for name in layer.merged_adapters]
+    marks = []
     for name in dict.fromkeys([*before, *adapter_names]):
-        own = {}
-        for path, layer in adapted_layers(model, name).items():
+        own = {path: layer for path, layer in layers.items() if name in layer.moka_plan}
+        for layer in own.values():
             layer.factors(name)  # refuses those without values, and shards
-            for key, tensor in layer.tensors(name).items():
-                own[f"{path}.moka_{key}"] = tensor.float() if tensor.dtype == torch.float64 else tensor
         if own:
-            checksums.append(_checksum(configs[name], own, name))
-    return checksums
+            marks.append(
+                merge_mark(
+                    {
+                        path: (
+                            dataclasses.replace(layer.moka_config[name], scale=layer.merged_scale(name)),
+                            {key: to_numpy(tensor) for key, tensor in layer.tensors(name).items()},
+                        )
+                        for path, layer in own.items()
+                    }
+                )
+            )
+    return marks
 
 
-def mark_merged(model: nn.Module, checksums: Sequence[str]) -> None:
-    """Note in a transformers model's config what was merged into it: see `moka_core.base_fingerprint`."""
-    config = getattr(model, "config", None)
-    if checksums and config is not None:
-        setattr(config, MERGED, [*(getattr(config, MERGED, None) or ()), *checksums])
+def mark_merged(model: nn.Module, marks: Sequence[str]) -> None:
+    """Note in a transformers model's config what was merged into it: see `moka_core.base_fingerprint`.
+
+    The config is a new object afterwards, in all modules that shared it: other models may have been made with the old.
+    """
+    config: Any = getattr(model, "config", None)
+    if not marks or not hasattr(config, "to_dict"):
+        return  # a model without such a config has no fingerprint
+    marked = copy.deepcopy(config)
+    setattr(marked, MERGED, [*(getattr(config, MERGED, None) or ()), *marks])
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = marked
 
 
 def check_unchanged(layers: Mapping[str, MokaLinear], config: MokaConfig, adapter_name: str) -> None:

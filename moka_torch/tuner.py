@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -33,7 +33,7 @@ from moka_torch.fingerprint import check_fingerprint, quantisation
 from moka_torch.linear import BASE, MokaLinear
 from moka_torch.loading import adapted_layers, check_file, check_state_dict
 from moka_torch.merge import untie
-from moka_torch.saving import mark_merged, merged_checksums, own_tensors
+from moka_torch.saving import mark_merged, merge_marks, own_tensors
 from moka_torch.targets import check_adapter_name, refuse_module
 
 PREFIX = "moka_"
@@ -217,10 +217,23 @@ class MokaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._check_known(adapter_names)
-        names = (adapter_names or self.active_adapters) if merge else []
-        merged = merged_checksums(self.model, self.peft_config, names)
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        mark_merged(model, merged)
+        names = [] if not merge else self.active_adapters if adapter_names is None else adapter_names
+        layers = [layer for layer in self.model.modules() if isinstance(layer, MokaLinear)]
+        marks = merge_marks(self.model, names)
+        if merge and safe_merge:
+            for layer in layers:
+                with onload_layer(layer):
+                    layer.check_finite(names)  # all of them, before the first is merged
+        begun = True
+        try:
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        except BaseException:
+            left = [layer for layer in self.model.modules() if isinstance(layer, MokaLinear)]
+            begun = len(left) < len(layers) or any(layer.merged for layer in left)
+            raise
+        finally:
+            if begun:
+                mark_merged(self.model, marks)
         return model
 
     def _check_known(self, adapter_names: list[str] | None) -> None:

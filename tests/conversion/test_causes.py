@@ -79,8 +79,40 @@ def test_a_factor_that_is_negated_or_scaled_is_not_taken_for_a_gate(times):
     )
     both = changed(layer, factor_b_1=one, factor_a_2=-2 * group)
     assert cause(dense_delta(both, CASE.config), layer).startswith(
-        f"the scale, or factors: the terms count 1, 1, {times:g}, 1, {-2 * times:g}, {-2 * times:g} times what they"
+        "the scale, factors, or gates that are no softmax: the terms count "
+        f"1, 1, {times:g}, 1, {-2 * times:g}, {-2 * times:g} times what they"
     )
+
+
+@pytest.mark.parametrize(
+    ("gates", "told"),
+    [
+        (np.ones_like, "the gates: they are all 1"),
+        (lambda logits: logits, "the gates: they are the logits themselves, without a softmax"),
+        (lambda logits: 1 / (1 + np.exp(-logits)), "the gates: they are the logistic function of each logit"),
+    ],
+    ids=["ones", "logits", "logistic"],
+)
+def test_gates_without_their_softmax_are_named(gates, told):
+    layer = random_layer(CASE)
+    shares = gates(layer.gate_logits.astype(np.float64))
+    right = np.exp(layer.gate_logits) / np.exp(layer.gate_logits).sum()
+    factors = [
+        group * (shares / right)[2 * index : 2 * index + 2, None, None] for index, group in enumerate(layer.factor_a)
+    ]
+    weighted = changed(layer, **{f"factor_a_{index}": group for index, group in enumerate(factors)})
+    assert cause(dense_delta(weighted, CASE.config), layer).startswith(told)
+
+
+def test_a_term_that_is_left_out_and_a_transpose_are_named():
+    layer = random_layer(CASE)
+    one = layer.factor_b[1].copy()
+    one[0] = 0
+    found = cause(dense_delta(changed(layer, factor_b_1=one), CASE.config), layer)
+    assert found == "term 2: left out; every other term is right"
+    square = dataclasses.replace(CASE, in_features=32)
+    layer = random_layer(square)
+    assert cause(dense_delta(layer, CASE.config).T, layer) == "a transpose: ΔWᵀ in place of ΔW"
 
 
 def test_a_scaling_that_is_left_out_is_named():

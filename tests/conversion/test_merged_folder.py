@@ -24,7 +24,6 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 import conversion.merged_folder
 import conversion.shards
 from conversion import MergeError, MergeReport, merge_folder, open_base, save_adapter
-from conversion.adapter_folder import folder_config
 from conversion.bitsandbytes_state import to_bitsandbytes
 from moka_core import (
     Adapter,
@@ -40,6 +39,7 @@ from moka_core import (
 )
 from moka_core.delta import delta_rows
 from moka_core.oracle import dense_delta
+from moka_core.seal import merge_mark
 from moka_torch import model_fingerprint
 from moka_torch.probe import TorchProbe
 from tests.cases import CASES, random_layer
@@ -192,6 +192,10 @@ def computed(root: Path, reports: dict[str, MergeReport]) -> dict[str, np.ndarra
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return dict(np.load(root / "out.npz"))
+
+
+def mark(adapter: Adapter) -> str:
+    return merge_mark({path: (adapter.layer_config(path), dict(one.tensors())) for path, one in adapter.layers.items()})
 
 
 def tensors_of(report: MergeReport) -> dict[str, np.ndarray]:
@@ -376,7 +380,7 @@ def test_the_config_is_what_transformers_writes(
 ) -> None:
     for name, base in (("packed-to-packed", "packed"), ("partly-to-packed", "partly")):
         ours = json.loads((reports[name].folder / "config.json").read_text())
-        assert ours.pop("moka_merged") == [folder_config(adapter)["checksum"]], name
+        assert ours.pop("moka_merged") == [mark(adapter)], name
         assert ours == json.loads((packed_bases[base] / "config.json").read_text()), name
     assert "partly-to-packed/model.layers.0.self_attn.q_proj" in computed
     assert "partly-to-packed/model.layers.1.self_attn.q_proj" not in computed
@@ -464,7 +468,7 @@ def test_what_belongs_to_the_tokenizer_is_taken_over_and_the_rest_is_told(
         if (base / name).is_file():
             assert (report.folder / name).read_bytes() == (base / name).read_bytes()
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (base, report.folder))
-    assert ours == {**theirs, "dtype": "bfloat16", "moka_merged": [folder_config(adapter)["checksum"]]}
+    assert ours == {**theirs, "dtype": "bfloat16", "moka_merged": [mark(adapter)]}
     assert {path.stat().st_mode & 0o777 for path in report.folder.iterdir() if path.is_file()} == {0o644}
 
 
@@ -692,7 +696,7 @@ def test_merging_the_same_adapter_once_more_is_refused(tmp_path: Path, base: Pat
         refused(AdapterError, message, small, merged, tmp_path / "twice")
         merge_folder(small, merged, tmp_path / f"{name}-twice", allow_other_base=True)
         config = json.loads((tmp_path / f"{name}-twice" / "config.json").read_text())
-        assert config["moka_merged"] == [folder_config(small)["checksum"]] * 2
+        assert config["moka_merged"] == [mark(small)] * 2
         assert open_base(tmp_path / f"{name}-twice").fingerprint[:64] != merged.fingerprint[:64]
 
 

@@ -265,8 +265,21 @@ def test_dropout_that_the_trace_does_not_show_is_named_too(sides, fixed):
 
     other = Dropping(sides.truth.base, sides.truth.adapter)
     report = compare_with_oracle(other, sides.truth, sides.batches[0].tokens)
-    names(report, "logits", "randomness, in JAX")
+    names(report, "logits", "rows, in JAX" if fixed else "randomness, in JAX")
     assert "dropout is left on" in report.diagnosis.cause
+
+
+def test_a_fault_of_one_row_is_not_called_randomness(sides):
+    class Uneven(OracleProbe):
+        label = "JAX"
+
+        def logits(self, tokens):
+            right = super().logits(tokens)
+            right[1:] *= 1.1
+            return right
+
+    report = compare_with_oracle(Uneven(sides.truth.base, sides.truth.adapter), sides.truth, sides.batches[0].tokens)
+    names(report, "logits", "rows, in JAX: the same tokens give other logits in another row of a batch")
 
 
 def test_without_a_fault_there_is_no_diagnosis(sides):

@@ -244,7 +244,10 @@ def test_a_base_of_another_name_is_noted_and_progress_is_told_without_a_terminal
     monkeypatch.setattr("moka_cli.import_.TOLD_EVERY", 0.0)
     assert call("import", lora, tmp_path / "out", "--base", moved, *arguments) == 0
     printed = capsys.readouterr().out
-    assert f"note: the LoRA was trained on {str(base)!r}, says its adapter_config.json; the base given is " in printed
+    told = f"the LoRA was trained on {str(base)!r}, says its adapter_config.json; the base given is {str(moved)!r}"
+    assert f"note: {told}" in " ".join(printed.split())
+    assert call("import", lora, tmp_path / "again", "--base", moved, *arguments, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["notes"][0].startswith(told)
     assert repr(str(moved)) in printed
     assert "layer 1/2  left 0:00:0" in printed
     assert "layer 2/2" not in printed
@@ -298,3 +301,18 @@ def test_changes_too_large_to_be_squared_in_float32_have_a_finite_share(base, tm
     told = refused(capsys, other, tmp_path / "out", "--base", base, *SMALL)
     share = 1e30 / np.linalg.norm(load_file(base / "model.safetensors")["model.norm.weight"].astype(np.float64))
     assert float(re.search(r"model\.norm\.weight: (\S+)%", told)[1]) == pytest.approx(100 * share)
+
+
+def test_a_merged_model_is_a_fine_tuned_one(base, tmp_path, capsys):
+    """Though it is another base by what its config.json says was merged; and its name may hold a bracket."""
+    adapter = random_adapter(open_base(base), MokaConfig(r=4, num_shapes=1))
+    save_adapter(adapter, tmp_path / "adapter")
+    merged = tmp_path / "[/b]m"
+    dense = ("--quantise", "none", "--dtype", "float32")
+    assert call("merge", tmp_path / "adapter", merged, "--base", base, *dense) == 0
+    assert str(merged) in capsys.readouterr().out
+    assert call("import", merged, tmp_path / "out", "--base", base, "--set", "r=4", "--set", "num_shapes=1") == 0
+    found = load_adapter(tmp_path / "out")
+    for path in adapter.layers:
+        delta = delta_of(adapter, path)
+        assert np.linalg.norm(delta_of(found, path) - delta) <= 1e-4 * np.linalg.norm(delta)  # float32's rounding of W

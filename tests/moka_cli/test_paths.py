@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
@@ -140,3 +141,12 @@ def test_figures_for_which_there_is_no_room_are_told_and_the_folder_stays(comman
     assert call(*fill(WRITTEN[command], {**folders, "PATH": "/dev/full", "OUT": tmp_path / "out"})) == 1
     assert "/dev/full: cannot be written; No space left on device; make room" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_figures_go_through_a_pipe(folders, capfd):
+    """As in a shell's `--json >(jq .)`: the name is /dev/fd/N, of which the real path is no file."""
+    receiver, sender = os.pipe()
+    assert call("inspect", folders["ADAPTER"], "--no-rank", "--json", f"/dev/fd/{sender}") == 0
+    os.close(sender)
+    with os.fdopen(receiver) as told:
+        assert json.load(told)["trainable"] > 0

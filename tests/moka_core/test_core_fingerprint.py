@@ -193,7 +193,7 @@ def test_what_was_merged_counts_in_order_and_survives_transformers() -> None:
 
 @pytest.mark.parametrize("merged", ["ab", [1], {"a": "b"}, True, [["a"]]])
 def test_a_list_of_merged_adapters_that_is_none_is_refused(merged: Any) -> None:
-    with pytest.raises(ModelError, match="moka_merged: expected a list of checksums; got"):
+    with pytest.raises(ModelError, match="moka_merged: expected a list of marks, which are texts; got"):
         digest(moka_merged=merged)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from conversion import open_base
+from conversion import merge_folder, open_base, save_adapter
 from moka_core import base_difference
 from moka_core.architecture import Architecture
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.sketch import sampled_kind
-from moka_torch import MokaConfig, attach, export_adapter, import_adapter, merge, model_fingerprint
+from moka_torch import MokaConfig, MokaLinear, attach, export_adapter, import_adapter, merge, model_fingerprint
 from moka_torch.fingerprint import linear_weights
 from tests.moka_torch.conftest import logits, random_adapter
 
@@ -107,16 +108,85 @@ def test_a_merged_adapter_leaves_its_layers_without_digits(load, settings, bits)
     ],
     ids=["merge", "merge to bfloat16", "merge_and_unload", "merge_adapter and unload"],
 )
-def test_a_merged_model_is_another_base_and_says_what_was_merged(load, settings, tmp_path, bits, act):
+def test_a_merged_model_is_another_base_and_says_what_was_merged(load, settings, base_folder, tmp_path, bits, act):
     adapter = random_adapter(load(), dataclasses.replace(settings, scale=1e-5), fingerprint=model_fingerprint(load()))
     import_adapter(load(), adapter).save_pretrained(tmp_path / "adapter")
     model = act(PeftModel.from_pretrained(load(bits), tmp_path / "adapter"))
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert model.config.moka_merged == [written["checksum"]]
+    merge_folder(adapter, open_base(base_folder), tmp_path / "merged")
+    assert model.config.moka_merged == open_base(tmp_path / "merged").config["moka_merged"], "one merge, one mark"
     with pytest.raises(AdapterError, match="norm weights or merged adapters"):
         PeftModel.from_pretrained(model, tmp_path / "adapter")
     again = import_adapter(model, adapter, allow_other_base=True).merge_and_unload()
     assert len(again.config.moka_merged) == 2
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "half", "trainable", "older fingerprint", "scaled"])
+def test_a_mark_is_of_the_numbers_and_not_of_how_they_are_held(load, settings, base_folder, tmp_path, how):
+    fingerprint = model_fingerprint(load())
+    stated = fingerprint[:64] if how == "older fingerprint" else fingerprint
+    adapter = random_adapter(load(), settings, fingerprint=stated)
+    if how in ("bfloat16", "half"):  # numbers that are in both
+        layers = {path: _rounded(layer) for path, layer in adapter.layers.items()}
+        adapter = dataclasses.replace(adapter, layers=layers)
+    save_adapter(adapter, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load(), tmp_path / "adapter", is_trainable=how == "trainable")
+    if how == "half":
+        model = model.half()
+    if how == "scaled":
+        model.base_model.set_scale("default", -1.0)
+    merge_folder(adapter, open_base(base_folder), tmp_path / "merged")
+    same = model.merge_and_unload().config.moka_merged == open_base(tmp_path / "merged").config["moka_merged"]
+    assert same == (how != "scaled"), "ΔW with another sign is another merge"
+
+
+def _rounded(layer):
+    few = [[array.astype(ml_dtypes.bfloat16) for array in factors] for factors in (layer.factor_a, layer.factor_b)]
+    logits = layer.gate_logits.astype(ml_dtypes.bfloat16)
+    return dataclasses.replace(layer, factor_a=tuple(few[0]), factor_b=tuple(few[1]), gate_logits=logits)
+
+
+def test_a_merge_that_fails_changes_nothing_or_is_marked(load, settings, monkeypatch):
+    adapter = random_adapter(load(), settings)
+    base = load()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = import_adapter(base, adapter)
+    with torch.no_grad():
+        last = model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
+        last.tensors("default")["factor_b.0"].fill_(float("nan"))
+    with pytest.raises(AdapterError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    found = model.unload()
+    assert all(torch.equal(value, before[name]) for name, value in found.state_dict().items())
+    assert not hasattr(found.config, "moka_merged")
+
+    model = import_adapter(load(), adapter)
+    merged, count = MokaLinear.merge, iter(range(3))
+
+    def stop(layer, *args, **kwargs):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        merged(layer, *args, **kwargs)
+
+    monkeypatch.setattr(MokaLinear, "merge", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+    assert len(model.base_model.model.config.moka_merged) == 1
+
+
+def test_nothing_is_marked_where_nothing_is_merged_or_known(load, settings):
+    adapter = random_adapter(load(), settings)
+    assert not hasattr(import_adapter(load(), adapter).merge_and_unload(adapter_names=[]).config, "moka_merged")
+    shared = load()
+    other = LlamaForCausalLM(shared.config)
+    assert shared.config is other.config
+    merged = import_adapter(shared, adapter).merge_and_unload()
+    assert merged.config.moka_merged
+    assert merged.model.config is merged.config
+    assert not hasattr(other.config, "moka_merged")
+    plain = nn.ModuleDict({"q_proj": nn.Linear(64, 64)})
+    plain.config = {"model_type": "own"}
+    own = attach(plain, MokaConfig(r=2, num_shapes=1, target_modules=["q_proj"], init_weights=False))
+    assert own.merge_and_unload().config == {"model_type": "own"}
 
 
 def test_a_model_that_nothing_was_merged_into_is_its_base(load, settings):
