@@ -266,11 +266,11 @@ def _steps(
         return
     context = model.config.max_position_embeddings
     counts = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), _bucket(int(counts.max()), context)), np.int32)
+    tokens = np.zeros((len(rows), padded_length(int(counts.max()), context)), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     needed = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
-    cache = model.new_cache(len(rows), _bucket(needed, context))
+    cache = model.new_cache(len(rows), padded_length(needed, context))
     graphdef, state = nnx.split(model)
     top_k, top_p = sampling.kept(model.architecture.vocab_size)
     choice = (np.float32(sampling.temperature), top_k, top_p, np.uint32(sampling.seed), keys)
@@ -318,10 +318,10 @@ def _step(
     return found[:, None], jnp.isfinite(logits).all(axis=-1), cache
 
 
-def _bucket(length: int, most: int) -> int:
+def padded_length(length: int, most: int) -> int:
     """A length of at least this many tokens, of which there are four an octave: few shapes, so few compilations.
 
-    >>> [_bucket(length, 8192) for length in (3, 16, 17, 21, 100, 1025, 8000)]
+    >>> [padded_length(length, 8192) for length in (3, 16, 17, 21, 100, 1025, 8000)]
     [16, 16, 20, 24, 112, 1280, 8192]
     """
     if length <= _SMALLEST:
