@@ -20,13 +20,14 @@ from moka_torch.loading import adapted_layers, plain_path
 from moka_torch.tuner import register
 
 
-def load_base(folder: str | os.PathLike[str], *, quantise: str = "nf4-double") -> torch.nn.Module:
-    """The transformers model of a folder on the CPU in float32, its linear layers in bitsandbytes NF4 if asked.
+def load_base(folder: str | os.PathLike[str], *, quantise: str = "nf4-double", device: str = "cpu") -> torch.nn.Module:
+    """The transformers model of a folder in float32, its linear layers in bitsandbytes NF4 if asked.
 
     A folder that holds NF4 weights already is taken as it is.
 
     Args:
         quantise: "nf4-double", "nf4" or "none", for a folder of dense weights.
+        device: where it stands; on a CPU its 4-bit layers are exact, see `exact_on_cpu`.
 
     Raises:
         ConfigError: another word for `quantise`.
@@ -45,8 +46,9 @@ def load_base(folder: str | os.PathLike[str], *, quantise: str = "nf4-double") -
             bnb_4bit_use_double_quant=quantise == "nf4-double",
             bnb_4bit_compute_dtype=torch.float32,
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **options)
-    exact_on_cpu(model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device}, **options)
+    if device == "cpu":
+        exact_on_cpu(model)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # a packed folder brings the dtype that it was packed from; here everything is float32
