@@ -44,9 +44,9 @@ def write_json(file: Path | None, values: dict[str, Any]) -> None:
     from conversion import new_folder
 
     if is_standard_output(file):
-        print(json.dumps(_finite(values), indent=2, allow_nan=False))
+        print(json.dumps(finite(values), indent=2, allow_nan=False))
     elif file is not None:
-        new_folder.write_json(file, _finite(values))
+        new_folder.write_json(file, finite(values))
 
 
 @contextlib.contextmanager
@@ -63,9 +63,10 @@ def _opened(file: Path) -> contextlib.AbstractContextManager[TextIO]:
     return contextlib.nullcontext(sys.stdout) if is_standard_output(file) else file.open("w", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for every figure that is no finite number."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -273,6 +273,56 @@ def generate(
     )
 
 
+@app.command("eval")
+def eval_(
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    adapter: Annotated[Path | None, typer.Argument(help="Adapter folder; without one the base is evaluated.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names of lm-eval's tasks and YAML files of your own, with commas between.")
+    ] = None,
+    set_: Annotated[
+        str | None, typer.Option("--set", help="commonsense: the paper's eight tasks; mmlu: MMLU with 5 examples.")
+    ] = None,
+    backend: Annotated[Literal["torch", "jax"], typer.Option(help="What computes.")] = "torch",
+    shots: Annotated[int | None, typer.Option(help="Examples before each question, where a task fixes none.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first questions of each task only.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts that are read at once.")] = 8,
+    quantise: Quantise = None,
+    allow_other_base: AllowOtherBase = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Write questions by the tokenizer's chat template.")] = False,
+    json_: JsonFile = None,
+    samples: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write a line of JSON for each question to this file.")
+    ] = None,
+) -> None:
+    """Evaluate a base or an adapter with EleutherAI's lm-evaluation-harness, in PyTorch or in JAX.
+
+    Every question is checked before anything is computed: one without a right answer, with an empty choice, or longer
+    than the model's context is refused by its number. Tasks by name need access to the hub. Needs moka\\[eval].
+
+    [dim]Example: moka eval report/adapter --base report/base --tasks task.yaml --backend jax[/dim]
+
+    [dim]The paper's tasks: moka eval report/adapter --base report/base --set commonsense[/dim]
+    """
+    from moka_cli.eval import run_eval
+
+    run_eval(
+        adapter,
+        base,
+        tasks=tasks,
+        set_=set_,
+        backend=backend,
+        shots=shots,
+        limit=limit,
+        batch_size=batch_size,
+        quantise=quantise,
+        allow_other_base=allow_other_base,
+        chat=chat,
+        json_file=json_,
+        samples=samples,
+    )
+
+
 @app.command()
 def params(
     arch: Annotated[str, typer.Option(help="Name of an architecture (llama3-8b, …), or a model folder.")],

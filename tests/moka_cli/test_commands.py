@@ -131,7 +131,7 @@ def test_json_is_one_option_in_every_command(monkeypatch, tmp_path, capsys):
     """A file, or - for standard output, which then has nothing else; what cannot be written is refused at once."""
     commands = typer.main.get_command(app).commands
     having = [name for name in commands if any("--json" in option.opts for option in commands[name].params)]
-    assert set(having) == {"lora", "parity", "merge", "generate", "params", "inspect", "import"}
+    assert set(having) == {"lora", "parity", "merge", "generate", "eval", "params", "inspect", "import"}
     for name in having:
         assert call(name, "--json") == 2, name
         assert "'--json' requires an argument" in capsys.readouterr().err

@@ -1,0 +1,372 @@
+"""`moka eval`: both backends give lm-eval's own numbers, and what cannot be asked is refused before a model is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+
+import moka_cli.eval_tasks
+from conversion import open_base, save_adapter
+from moka_cli.eval import SETS, chosen, evaluate, flax_lm
+from moka_cli.eval_tasks import Limits, Reader, check_tasks, load_tasks
+from moka_cli.main import main
+from moka_core import ConfigError, DataError, ModelError, MokaConfig, MokaError
+from tests.moka_jax.train_toys import make_tokenizer
+from tests.tiny import random_adapter, save_tiny_llama
+
+WORDS = ["one", "two", "three", "red", "green", "blue", "seven", "a hill", "the sea"]
+FEW = Limits(context=256, vocabulary=320)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_llama(tmp_path_factory.mktemp("eval") / "base", vocab_size=320)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = MokaConfig(r=2, num_shapes=1, target_modules=("q_proj", "v_proj"))
+    value = random_adapter(open_base(base), config)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(value, folder)
+    return folder
+
+
+def task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    """A task's YAML, and its data beside it; a question's keys are q, choices and label, unless settings say so."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "q",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        **settings,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    return file
+
+
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        choices = [str(word) for word in rng.choice(WORDS, 3, replace=False)]
+        subject = " ".join(rng.choice(WORDS, 1 + number % 4))
+        rows.append({"q": f"Q: {subject}?\nA:", "choices": choices, "label": int(rng.integers(3))})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """100 choices, five prompts to go on with, four whole texts of which one exceeds the context."""
+    folder = tmp_path_factory.mktemp("tasks")
+    prompts = [{"q": text, "label": "x"} for text in ("one two", "red", "the sea is", "seven", "green or blue")]
+    texts = [{"text": " ".join(WORDS[: n + 2])} for n in range(3)] + [{"text": " ".join(WORDS * 8)}]
+    going_on = {"until": ["A", "k"], "max_gen_toks": 24}
+    plain = {"doc_to_choice": None, "num_fewshot": 0}
+    return [
+        task(folder, "pick", questions(100), fewshot_split="test"),
+        task(folder, "go_on", prompts, output_type="generate_until", generation_kwargs=going_on, **plain),
+        task(folder, "roll", texts, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="text", **plain),
+    ]
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def samples(file: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in file.read_text().splitlines():
+        found.setdefault(json.loads(line)["task"], []).append(json.loads(line))
+    return found
+
+
+def values(samples: list[dict[str, Any]]) -> np.ndarray:
+    """The log-likelihoods of every choice of every question."""
+    return np.array([[float(answer[0][0]) for answer in sample["resps"]] for sample in samples])
+
+
+def test_both_backends_agree_on_an_adapter(base, adapter, tasks, tmp_path, capsys):
+    logged, figures = {}, {}
+    for backend in ("torch", "jax"):
+        files = tmp_path / f"{backend}.jsonl", tmp_path / f"{backend}.json"
+        names = ",".join(map(str, tasks))
+        status = call(
+            *("eval", adapter, "--base", base, "--tasks", names, "--backend", backend, "--shots", 1),
+            *("--samples", files[0], "--json", files[1]),
+        )
+        assert status == 0
+        logged[backend], figures[backend] = samples(files[0]), json.loads(files[1].read_text())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--shots 1 is not for go_on, roll: num_fewshot is fixed there" in printed
+    assert f"next: the base alone: moka eval --base {base} --tasks {names} --shots 1 --quantise nf4-double" in printed
+    torch, jax = logged["torch"], logged["jax"]
+    assert [sample["arguments"] for sample in torch["pick"]] == [sample["arguments"] for sample in jax["pick"]]
+    one, other = values(torch["pick"]), values(jax["pick"])
+    assert one.std(axis=1).min() > 0.01  # choices differ by far more than the backends
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)  # measured 3e-5
+    assert np.mean(one.argmax(1) == other.argmax(1)) >= 0.99
+    for sample, twin in zip(torch["pick"], jax["pick"], strict=True):
+        assert [answer[0][1] for answer in sample["resps"]] == [answer[0][1] for answer in twin["resps"]]
+    texts = [[sample["resps"][0][0] for sample in side["go_on"]] for side in (torch, jax)]
+    assert texts[0] == texts[1]
+    assert len({len(text) for text in texts[0]}) > 1  # some met a stop text
+    assert not any(stop in text for text in texts[0] for stop in "Ak")
+    rolled = [[float(sample["resps"][0][0]) for sample in side["roll"]] for side in (torch, jax)]
+    np.testing.assert_allclose(rolled[0], rolled[1], rtol=1e-5)
+    report = figures["torch"]["tasks"]["pick"]
+    assert (report["questions"], report["shots"]) == (100, 1)
+    assert report["metrics"] == figures["jax"]["tasks"]["pick"]["metrics"]
+    assert figures["torch"]["quantise"] == "nf4-double"
+
+
+def test_the_base_alone_has_the_harness_own_numbers(base, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # starts pip
+    own: Any = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(base), "dtype": "float32"},
+        tasks=[str(tasks[0])],
+        num_fewshot=2,
+        device="cpu",
+        batch_size=8,
+        task_manager=moka_cli.eval_tasks.TaskManager(include_defaults=False),
+    )
+    for backend in ("torch", "jax"):
+        files = tmp_path / f"{backend}.jsonl", tmp_path / f"{backend}.json"
+        status = call(
+            *("eval", "--base", base, "--tasks", tasks[0], "--backend", backend, "--shots", 2, "--quantise", "none"),
+            *("--samples", files[0], "--json", files[1]),
+        )
+        assert status == 0
+        found = json.loads(files[1].read_text())["tasks"]["pick"]["metrics"]
+        for metric in ("acc", "acc_norm"):
+            assert found[metric]["value"] == own["results"]["pick"][f"{metric},none"]
+            assert found[metric]["stderr"] == pytest.approx(own["results"]["pick"][f"{metric}_stderr,none"])
+        logged = samples(files[0])["pick"]
+        assert [tuple(map(tuple, one["arguments"])) for one in logged] == [
+            tuple(map(tuple, one["arguments"])) for one in own["samples"]["pick"]
+        ]
+        np.testing.assert_allclose(values(logged), values(own["samples"]["pick"]), rtol=0, atol=1e-4)
+
+
+def test_the_folders_stop_tokens_end_a_text_too(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    lm = flax_lm(folder, None, make_tokenizer(), quantise="none", allow_other_base=False, batch_size=2)
+    assert (lm.stop_tokens, lm.batch_size) == ({2, 3, 4}, 2)
+
+
+def test_texts_become_tokens_as_in_hflm(base):
+    harness = HFLM(pretrained=str(base), device="cpu")
+    for bos in (False, True):
+        for eos in (False, True):
+            tokenizer = make_tokenizer(bos=bos, eos=eos)
+            harness.tokenizer, reader = tokenizer, Reader(tokenizer)
+            for text in ("one", "<s>one", " two\n", "</s>", "A: é"):
+                for special in (None, True, False):
+                    assert reader.tok_encode(text, special) == harness.tok_encode(text, special)
+                assert reader.prompt_tokens(text) == harness.tok_batch_encode([text])[0][0].tolist()
+            messages = [{"role": "user", "content": "one"}]
+            assert reader.apply_chat_template(messages) == harness.apply_chat_template(messages)
+            assert reader.prefix_token_id == harness.prefix_token_id
+    assert reader.prompt_tokens("<s>one") != [1, *reader.prompt_tokens("one")]
+
+
+# ---- what cannot be asked
+
+
+def check(file: Path, *, limits: Limits = FEW, **settings: Any) -> list[str]:
+    shots, limit = settings.pop("shots", None), settings.pop("limit", None)
+    loaded = load_tasks([str(file)], shots=shots, limit=limit)
+    return check_tasks(loaded, Reader(make_tokenizer()), limits, limit=limit, **settings)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 3}, r"right answer, its number from 0 to 2 or one of the choices; got 3"),
+        ({"label": -1}, "got -1"),
+        ({"label": None}, "expected a right answer; it has none"),
+        ({"choices": ["a", " ", "c"]}, r"expected choices that are not empty; number 1 of \['a', ' ', 'c'\] is"),
+        ({"choices": ["a", "", "c"]}, "expected choices that are not empty"),
+        ({"choices": []}, r"expected a list of choices, each a text; got \[\]"),
+        ({"q": "long " * 60}, r"1 of its .*\n.*299 tokens of the question and \d of answer 0 exceed .* context of 256"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(tmp_path, change, message, first):
+    rows = questions(4)
+    at = 0 if first else 2  # lm-eval itself looks at the first as it loads
+    rows[at] |= change
+    with pytest.raises(DataError, match=message) as caught:
+        check(task(tmp_path, "bad", rows))
+    assert f"document {at}: " in str(caught.value)
+    assert str(caught.value).startswith("bad: ")
+    if not first:
+        check(task(tmp_path, "good", rows), limit=2)
+
+
+def test_answers_by_their_text_and_labels_that_are_not_there(tmp_path):
+    rows = [{**row, "label": row["choices"][row["label"]]} for row in questions(3)]
+    assert check(task(tmp_path, "texts", rows)) == []
+    rows[1]["label"] = "none of them"
+    with pytest.raises(DataError, match=r"document 1: expected a right answer.*got 'none of them'"):
+        check(task(tmp_path, "texts", rows))
+    with pytest.raises(DataError, match=r"3 of its questions.*\n  document 0: .*got 'lable'"):
+        check(task(tmp_path, "typo", questions(3), doc_to_target="lable"))
+    with pytest.raises(DataError, match=r"(?s)wrong: .*'nothing' is undefined"):
+        check(task(tmp_path, "wrong", questions(3), doc_to_text="{{nothing}}"))
+
+
+def test_equal_choices_are_told(tmp_path):
+    rows = questions(3)
+    rows[1]["choices"][2] = rows[1]["choices"][0]
+    (note,) = check(task(tmp_path, "twice", rows))
+    assert note == f"twice: document 1: the choice {rows[1]['choices'][0]!r} stands twice"
+
+
+def test_a_question_among_its_own_examples_is_told(tmp_path):
+    (note,) = check(task(tmp_path, "own", questions(4)), shots=1)
+    assert note.startswith("own: its examples are drawn from the questions that are asked")
+    assert check(task(tmp_path, "own", questions(4))) == []
+    assert check(task(tmp_path, "named", questions(4), fewshot_split="test"), shots=1) == []
+
+
+def test_prompts_and_their_settings(tmp_path):
+    plain = {"output_type": "generate_until", "doc_to_choice": None}
+    rows = [{"q": "a" * 40, "label": "x"}, {"q": "a" * 90, "label": "x"}]
+    long = task(tmp_path, "long", rows, generation_kwargs={"max_gen_toks": 200, "until": ["\n"]}, **plain)
+    with pytest.raises(DataError, match=r"document 1: 90 tokens and 200 new ones \(max_gen_toks\) exceed"):
+        check(long)
+    hot = task(tmp_path, "hot", rows, generation_kwargs={"do_sample": True, "until": []}, **plain)
+    with pytest.raises(ConfigError, match="hot: generation_kwargs: do_sample: true needs a temperature above 0"):
+        check(hot)
+    from moka_jax.evaluation import generation
+
+    beams = task(tmp_path, "beams", rows[:1], generation_kwargs={"num_beams": 4, "max_gen_toks": 4}, **plain)
+    assert check(beams) == []
+    with pytest.raises(ConfigError, match=r"beams: generation_kwargs: .*got {'num_beams': 4}; --backend torch"):
+        check(beams, limits=Limits(context=256, vocabulary=320, check_generation=generation))
+    settings = {"until": "\n", "do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 9}
+    stops, most, sampling = generation(settings)
+    assert (stops, most, sampling.temperature, sampling.top_k) == (["\n"], 9, 0.5, 3)
+
+
+def test_a_foreign_tokenizer_and_too_few_examples(tmp_path):
+    with pytest.raises(DataError, match=r"token 2[0-9][0-9] is none of the model's 200; is it its tokenizer"):
+        check(task(tmp_path, "pick", questions(2)), limits=Limits(context=256, vocabulary=200))
+    with pytest.raises(DataError, match=r"pick: lm-eval cannot write its questions: .*; it asks for 5 examples"):
+        check(task(tmp_path, "pick", questions(2)), shots=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "expected a task of lm-eval, a YAML mapping with a key 'task'; got list"),
+        ("task: [", "expected a task of lm-eval in YAML; while parsing"),
+        ("dataset_path: json\n", "a YAML mapping whose 'task' is its name; got None"),
+        ("group: g\ntask: [a, b]\n", r"got \['a', 'b'\]; of a group, give the files of its tasks"),
+        ("task: x\nno_such_key: 1\n", r"lm-eval cannot load this task: TypeError: .*no_such_key"),
+        (b"\xff\xfe\x00", "expected a task of lm-eval in YAML"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(tmp_path, text, message):
+    file = tmp_path / "task.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(MokaError, match=message) as caught:
+        load_tasks([str(file)])
+    assert str(file) in str(caught.value)
+
+
+def test_missing_files_and_names_that_stand_twice(tmp_path):
+    with pytest.raises(ConfigError, match=r"no_such.yaml: no such file"):
+        load_tasks([str(tmp_path / "no_such.yaml")])
+    file = task(tmp_path, "pick", questions(2))
+    (tmp_path / "twin").mkdir()
+    twin = task(tmp_path / "twin", "pick", questions(3))
+    with pytest.raises(ConfigError, match=f"{re.escape(f'{file} and {twin}')} are both, or both hold, a task 'pick'"):
+        load_tasks([str(file), str(twin)])
+    (tmp_path / "pick.jsonl").unlink()
+    with pytest.raises(DataError, match=r"a file of the task is missing: .*pick\.jsonl"):
+        load_tasks([str(file)])
+
+
+def test_an_unknown_name_is_told_the_nearest(monkeypatch):
+    class Few:
+        all_tasks = ("arc_easy", "arc_challenge", "boolq")
+        task_index = dict.fromkeys(all_tasks)
+
+        def __init__(self, include_defaults: bool) -> None:
+            assert include_defaults
+
+    monkeypatch.setattr(moka_cli.eval_tasks, "TaskManager", Few)
+    with pytest.raises(ConfigError, match=r"lm-eval has no task 'arc_esy'; did you mean arc_easy\?"):
+        load_tasks(["arc_esy"])
+
+
+@pytest.mark.slow
+def test_the_sets_are_tasks_of_lm_eval():
+    known = moka_cli.eval_tasks.TaskManager().all_tasks  # reads 14,000 files
+    assert not {name for names, _ in SETS.values() for name in names} - set(known)
+
+
+def test_sets_and_names():
+    assert chosen(None, "mmlu", None) == (["mmlu"], 5)
+    assert chosen(None, "mmlu", 0) == (["mmlu"], 0)
+    names, shots = chosen(None, "commonsense", None)
+    assert (len(names), shots) == (8, None)
+    assert chosen("a, b.yaml", None, 2) == (["a", "b.yaml"], 2)
+    for tasks, set_ in ((None, None), ("a", "mmlu"), (None, "glue"), ("a,,b", None)):
+        with pytest.raises(ConfigError, match="expected"):
+            chosen(tasks, set_, None)
+
+
+def test_refusals_of_the_command(base, adapter, tasks, tmp_path, capsys, monkeypatch):
+    pick = tasks[0]
+    other = save_tiny_llama(tmp_path / "other", vocab_size=320, seed=1)
+    make_tokenizer(template=None).save_pretrained(other)
+    for arguments, message in (
+        ((adapter, "--base", other, "--tasks", pick), "--allow-other-base"),
+        (("--base", base, "--tasks", pick, "--limit", 0), "--limit: expected at least 1; got 0"),
+        (("--base", base, "--tasks", pick, "--batch-size", 0), "--batch-size: expected at least 1"),
+        (("--base", base, "--tasks", pick, "--quantise", "fp4"), "got 'fp4'"),
+        (("--base", base), "expected either --tasks"),
+        (("--base", base, "--tasks", pick, "--samples", tmp_path / "no" / "x"), "expected an existing folder"),
+        (("--base", other, "--tasks", pick, "--chat"), "--chat: expected a tokenizer with a chat template"),
+    ):
+        assert call("eval", *arguments) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert call("eval", "--base", base, "--tasks", pick) == 1
+    assert 'pip install "moka[eval]"' in capsys.readouterr().err
+
+
+def test_figures_that_are_not_finite_are_refused(base, tasks):
+    loaded = load_tasks([str(tasks[0])])
+    reader = Reader(make_tokenizer())
+    check_tasks(loaded, reader, FEW, limit=2)
+    monkey: Any = reader
+    monkey.loglikelihood = lambda requests, **_: [(float("nan"), False)] * len(requests)
+    with pytest.raises(ModelError, match="pick: document 0: a log-likelihood is not finite"):
+        evaluate(reader, loaded, limit=2, chat=False, tell=print)
