@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from benchmarks.accuracy import study, tables
+from benchmarks.accuracy import harness_task, study, tables
+from benchmarks.accuracy.harness_task import write_task
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.scoring import Scores, answer_log_likelihoods, encode, score
 from benchmarks.accuracy.tables import interval
@@ -250,3 +254,42 @@ def test_a_difference_does_not_count_what_is_hard_for_both() -> None:
     alone = interval(one)
     assert alone[2] - alone[1] > 2 * (high - low)
     assert mean == pytest.approx(one.mean() - other.mean())
+
+
+# ---- for lm-eval
+
+
+def test_lm_eval_scores_the_study_as_the_study_does(folder: Path, data: Path, tmp_path: Path) -> None:
+    examples = []
+    for number in range(60):  # choices of many lengths, so that the two accuracies differ
+        wrong = ["é" * (1 + number % 7), "a rather long answer to the question" * (1 + number % 2)]
+        examples.append(example(f"{number} plus one. Is?", right=str(number + 1), wrong=wrong))
+    write(tmp_path / TASKS["wikihow"].file, examples)
+    task = load_task("wikihow", tmp_path, validation=5, test=50)
+    base = Base(folder, "cpu")
+    scores = base.score(task.test)
+    file = write_task(tmp_path / "out", "study", task.test)
+    lm = HFLM(pretrained=base.model, backend="causal", tokenizer=base.tokenizer, batch_size=8)
+    results: Any = evaluate(lm, TaskManager(include_defaults=False).load([str(file)]))
+    for metric, normalised in (("acc", False), ("acc_norm", True)):
+        assert results["results"]["study"][f"{metric},none"] == scores.accuracy(normalised=normalised)
+    assert scores.picked(normalised=False) != scores.picked(normalised=True)
+    for sample, question, found in zip(results["samples"]["study"], task.test, scores.log_likelihoods, strict=True):
+        assert [tuple(entry) for entry in sample["arguments"]] == [
+            (question.prompt, choice) for choice in question.choices
+        ]
+        assert [answer[0][0] for answer in sample["resps"]] == pytest.approx(found, abs=1e-4)
+        answer = encode(base.tokenizer, question.prompt, question.choices[0], longest=256)
+        context, continuation = lm._encode_pair(question.prompt, question.choices[0])
+        assert (context + continuation, len(context)) == (list(answer.tokens), answer.start)
+
+
+def test_the_task_of_the_study_is_written(data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(harness_task, "load_task", lambda name, data: load_task(name, data, validation=10, test=12))
+    harness_task.main(["--data", str(data), "--task", "social_iqa", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "social_iqa.yaml")
+    rows = [json.loads(line) for line in (tmp_path / "social_iqa.jsonl").read_text().splitlines()]
+    assert len(rows) == len(load_task("social_iqa", data, validation=10, test=12).test)
+    odd = Question(prompt="q", choices=("no space", " b"), right=0, source="q")
+    with pytest.raises(DataError, match="expected choices that begin with one space; got 'no space'"):
+        write_task(tmp_path, "odd", [odd])
