@@ -40,7 +40,7 @@ class Run:
     rate: float
     seed: int
     split: str
-    epochs: int = 2
+    epochs: int = 1
     batch: int = 16
 
 
@@ -131,6 +131,10 @@ def train(model: Any, base: Base, questions: Sequence[Question], run: Run) -> li
 
 
 def _shuffled(answers: Sequence[Answer], size: int, generator: torch.Generator) -> Iterator[list[Answer]]:
+    """Batches in a random order, each of similar lengths: of every eight that are drawn, the answers are sorted."""
     order = torch.randperm(len(answers), generator=generator).tolist()
-    for start in range(0, len(order), size):
-        yield [answers[number] for number in order[start : start + size]]
+    for start in range(0, len(order), 8 * size):
+        some = sorted(order[start : start + 8 * size], key=lambda number: len(answers[number].tokens))
+        batches = [some[first : first + size] for first in range(0, len(some), size)]
+        for which in torch.randperm(len(batches), generator=generator).tolist():
+            yield [answers[number] for number in batches[which]]
