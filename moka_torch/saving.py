@@ -81,25 +81,17 @@ def _checksum(config: MokaConfig, own: Mapping[str, Tensor], adapter_name: str) 
 
 def merge_marks(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
     """`moka_core.seal.merge_mark` of the adapters that are merged already, and of these."""
-    layers = {plain_path(path): layer for path, layer in model.named_modules() if isinstance(layer, MokaLinear)}
-    before = [name for layer in layers.values() for name in layer.merged_adapters]
+    layers = [layer for layer in model.modules() if isinstance(layer, MokaLinear)]
+    before = [name for layer in layers for name in layer.merged_adapters]
     marks = []
     for name in dict.fromkeys([*before, *adapter_names]):
-        own = {path: layer for path, layer in layers.items() if name in layer.moka_plan}
-        for layer in own.values():
+        own = {}
+        for path, layer in adapted_layers(model, name).items():
             layer.factors(name)  # refuses those without values, and shards
+            config = dataclasses.replace(layer.moka_config[name], scale=layer.merged_scale(name))
+            own[path] = config, {key: to_numpy(tensor) for key, tensor in layer.tensors(name).items()}
         if own:
-            marks.append(
-                merge_mark(
-                    {
-                        path: (
-                            dataclasses.replace(layer.moka_config[name], scale=layer.merged_scale(name)),
-                            {key: to_numpy(tensor) for key, tensor in layer.tensors(name).items()},
-                        )
-                        for path, layer in own.items()
-                    }
-                )
-            )
+            marks.append(merge_mark(own))
     return marks
 
 
