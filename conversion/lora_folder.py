@@ -19,7 +19,7 @@ from conversion.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from moka_core import AdapterError
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems
 from moka_core.config import SCALE_MAX, check_finite
-from moka_core.errors import ConfigError
+from moka_core.errors import ConfigError, first_lines
 from moka_core.paths import no_file
 from moka_core.plan import ALL_LINEAR, matches, matches_pattern
 
@@ -203,12 +203,11 @@ def _by(dims: tuple[int, int] | None) -> str:
 
 
 def _unfit_message(folder: Path, base: str, stated: Any, unfit: Mapping[str, str]) -> str:
-    listed = list(unfit.values())[:_SHOWN]
-    more = [f"and {len(unfit) - _SHOWN} more"] if len(unfit) > _SHOWN else []
+    listed = first_lines(list(unfit.values()), _SHOWN)
     own = f"{stated!r}, says its {CONFIG_FILE}" if stated else f"its {CONFIG_FILE} does not name it"
     return (
         f"{folder}: this LoRA does not fit the base given, {base}; give the one that it was trained on ({own}). "
-        f"{len(unfit)} layer{'s' * (len(unfit) > 1)} differ{'s' * (len(unfit) == 1)}:\n  " + "\n  ".join(listed + more)
+        f"{len(unfit)} layer{'s' * (len(unfit) > 1)} differ{'s' * (len(unfit) == 1)}:\n  " + "\n  ".join(listed)
     )
 
 

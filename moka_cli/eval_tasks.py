@@ -16,11 +16,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from moka_core import ConfigError, DataError, MokaError
-from moka_core.harness import HarnessTokenizer
+from moka_core.errors import first_lines
+from moka_core.harness import MAX_NEW, HarnessTokenizer
 
 SEED = 1234  # of the few-shot examples, as lm-eval's own command has it
 SHOWN = 8
-_MAX_NEW = 256  # tokens, where a task does not say: of HFLM
 
 
 class Reader(HarnessTokenizer, TemplateLM):
@@ -264,7 +264,7 @@ def _request_problems(name: str, task: Any, reader: Reader, limits: Limits) -> I
     for instance in task.instances:
         where, kind, args = instance.doc_id, instance.request_type, instance.args
         if kind == "generate_until":
-            settings = dict(normalize_gen_kwargs(dict(args[1]), _MAX_NEW))
+            settings = dict(normalize_gen_kwargs(dict(args[1]), MAX_NEW))
             if settings["do_sample"] and not settings.get("temperature"):
                 raise ConfigError(f"{name}: generation_kwargs: do_sample: true needs a temperature above 0")
             if limits.check_generation is not None:
@@ -313,5 +313,4 @@ def _raise(name: str, problems: list[str]) -> None:
 
 
 def _listed(lines: list[str], between: str) -> str:
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return between.join([*lines[:SHOWN], *more])
+    return between.join(first_lines(lines, SHOWN))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moka_core.config import MokaConfig
-from moka_core.errors import AdapterError, ConfigError
+from moka_core.errors import AdapterError, ConfigError, first_lines
 from moka_core.plan import LayerPlan, plan_layer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,7 +183,6 @@ def path_order(path: str) -> list[tuple[int, int, str]]:
 def raise_problems(problems: list[str], title: str, *, shown: int | None = None) -> None:
     """Raise one AdapterError that lists every problem, or the first `shown`; return if there is none."""
     if problems:
-        listed = problems if shown is None or len(problems) <= shown else problems[:shown]
-        more = [f"and {len(problems) - len(listed)} more"] if len(listed) < len(problems) else []
+        listed = problems if shown is None else first_lines(problems, shown)
         title = f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)})"
-        raise AdapterError(f"{title}:\n  " + "\n  ".join([*listed, *more]))
+        raise AdapterError(f"{title}:\n  " + "\n  ".join(listed))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_NEW = 256  # tokens, where a task does not say: as lm-eval's model of transformers
+
 
 class HarnessTokenizer:
     """The rules by which lm-eval's model of transformers, HFLM, reads a text; for a class that is a `TemplateLM`, too.

@@ -15,12 +15,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moka_core import ConfigError, DataError, ModelError
-from moka_core.harness import HarnessTokenizer
+from moka_core.harness import MAX_NEW, HarnessTokenizer
 from moka_jax.llama.generate import padded_length, stream
 from moka_jax.llama.model import Llama
 from moka_jax.llama.sampling import Sampling
 
-MAX_NEW = 256  # tokens, where a task does not say: as lm-eval's model of transformers
 _PLACES = 128  # positions that the output head sees at once
 _IDLE = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}  # what they must be
 
