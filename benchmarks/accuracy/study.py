@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,12 @@ def missing(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> It
     names = [field.name for field in fields(Run)]
     done = {tuple(row[name] for name in names) for row in rows if row["method"] != BASE}
     for method, task in itertools.product(arguments.methods, arguments.tasks):
-        for rate in METHODS[method].rates:
-            run = Run(task=task, method=method, rate=rate, seed=0, split="validation", epochs=arguments.epochs)
-            if tuple(asdict(run).values()) not in done:
-                yield run
-        rate_found = chosen_rate(rows, task, method, arguments.epochs)
-        if rate_found is None:
-            continue
-        for seed in range(1, arguments.seeds + 1):
-            run = Run(task=task, method=method, rate=rate_found, seed=seed, split="test", epochs=arguments.epochs)
-            if tuple(asdict(run).values()) not in done:
-                yield run
+        run = partial(Run, task=task, method=method, epochs=arguments.epochs)
+        runs = [run(rate=rate, seed=0, split="validation") for rate in METHODS[method].rates]
+        found = chosen_rate(rows, task, method, arguments.epochs)
+        if found is not None:
+            runs += [run(rate=found, seed=seed, split="test") for seed in range(1, arguments.seeds + 1)]
+        yield from (one for one in runs if tuple(asdict(one).values()) not in done)
 
 
 def chosen_rate(rows: Sequence[dict[str, Any]], task: str, method: str, epochs: int) -> float | None:
