@@ -193,7 +193,7 @@ def test_a_row_says_what_was_run_and_what_came_out(folder: Path, data: Path) -> 
 
 
 def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
-    tmp_path: Path, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     done: list[Run] = []
     losses = dict(zip(LORA, (3.0, 2.0, 1.0, 2.5), strict=True))
@@ -215,8 +215,12 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
     options = ["--base", str(folder), "--data", str(data), "--rows", str(rows), "--tasks", "wikihow", "--device", "cpu"]
     study.main([*options, "--methods", "qlora-32", "--seeds", "2", "--minutes", "0"])
     assert not done
-    assert len(study.read_rows(rows)) == 2, "the base's rows"
+    assert not rows.exists()
     study.main([*options, "--methods", "qlora-32", "--seeds", "2"])
+    assert [(row["method"], row["split"]) for row in study.read_rows(rows)[:2]] == [
+        ("base", "validation"),
+        ("base", "test"),
+    ]
     assert [(run.rate, run.seed, run.split) for run in done] == [
         *((rate, 0, "validation") for rate in LORA),
         *((1e-3, seed, "test") for seed in (1, 2)),
@@ -229,6 +233,25 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
     assert (tmp_path / "picture.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         study.main([*options, "--methods", "lora"])
+    with pytest.raises(SystemExit):
+        study.main([*options, "--methods", "qlora-32", "--dtype", "float32"])
+    assert f"{rows} has rows of epochs 1, dtype bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # two processes that import PyTorch
+def test_workers_give_the_rows_of_one(tmp_path: Path, folder: Path) -> None:
+    examples = [example(f"{n} plus one. Is?", right=str(n + 1), wrong=[str(n), "x"]) for n in range(800)]
+    write(tmp_path / TASKS["wikihow"].file, examples)
+    found = []
+    for workers in (1, 2):
+        rows = tmp_path / f"{workers}.jsonl"
+        options = ["--base", str(folder), "--data", str(tmp_path), "--rows", str(rows), "--workers", str(workers)]
+        study.main([*options, "--tasks", "wikihow", "--methods", "moka-paper", "--seeds", "1", "--device", "cpu"])
+        found.append({(row["method"], row["rate"], row["split"]): row for row in study.read_rows(rows)})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 2 + 4 + 1
+    for key, row in found[0].items():
+        assert row["loss"] == pytest.approx(found[1][key]["loss"], abs=0.02)  # bfloat16
 
 
 # ---- intervals

@@ -79,27 +79,30 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, longest: int, end: bool 
 def answer_log_likelihoods(model: nn.Module, answers: Sequence[Answer], *, pad: int) -> list[Tensor]:
     """log p of every answer's tokens given what stands before each, in nats, float32; differentiable.
 
-    The output head sees the answers' positions alone.
+    The output head sees the answers' positions alone. Without a gradient it computes in float32: bfloat16 has steps of
+    1/16 at a logit of 10, which would decide between choices.
 
     Args:
         model: a causal model of transformers, or what PEFT made of one.
-        pad: a token to fill up with; it is not attended to.
+        pad: a token to fill up with behind the answers, where nothing that counts can attend to it.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     width = max(len(answer.tokens) for answer in answers)
     rows = torch.full((len(answers), width), pad)
-    seen = torch.zeros((len(answers), width), dtype=torch.long)
     for row, answer in enumerate(answers):
         rows[row, : len(answer.tokens)] = torch.tensor(answer.tokens)
-        seen[row, : len(answer.tokens)] = 1
     places = torch.arange(width)
     first = torch.tensor([answer.start for answer in answers])[:, None]
     last = torch.tensor([len(answer.tokens) for answer in answers])[:, None]
     told = ((places >= first) & (places < last)).to(device)
-    rows, seen = rows.to(device), seen.to(device)
-    hidden = base.model(input_ids=rows, attention_mask=seen).last_hidden_state[:, :-1]
-    logits = base.lm_head(hidden[told[:, 1:]]).float()
+    rows = rows.to(device)
+    hidden = base.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1][told[:, 1:]]
+    if torch.is_grad_enabled():
+        logits = base.lm_head(hidden).float()
+    else:
+        with torch.autocast(device.type, enabled=False):
+            logits = nn.functional.linear(hidden.float(), base.lm_head.weight.float())
     values = -nn.functional.cross_entropy(logits, rows[told], reduction="none")
     return list(values.split([len(answer.tokens) - answer.start for answer in answers]))
 

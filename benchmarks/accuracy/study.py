@@ -5,7 +5,8 @@
 Every method has as many tries: its four learning rates, with seed 0, scored on the validation split. The one of the
 least loss of the right answers there is trained again with the seeds 1, 2, … and scored on the test split, which
 nothing was chosen by. What has a row in `--rows` is not run again, so the study goes on where it was stopped;
-no run is begun after `--minutes`. `python -m benchmarks.accuracy.tables` makes the table and the picture.
+no run is begun after `--minutes`. On a CPU two `--workers` of one core each are faster than one of two.
+`python -m benchmarks.accuracy.tables` makes the table and the picture.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +33,8 @@ from benchmarks.harness import RESULTS, environment, note
 
 ROWS = RESULTS / "accuracy_smollm2-135m.jsonl"
 BASE = "base"  # the method of the rows of the model without an adapter
+SETTING = ("epochs", "dtype")  # the same in every row of a file
+Rows = Sequence[dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,55 +47,84 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", type=_names, default=list(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of the test")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the base")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.tasks if name not in TASKS]
     unknown += [name for name in arguments.methods if name not in METHODS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; tasks: {', '.join(TASKS)}; methods: {', '.join(METHODS)}")
-    tasks = {name: load_task(name, arguments.data) for name in arguments.tasks}
-    began, base = time.monotonic(), Base(arguments.base, "cuda" if arguments.device == "gpu" else "cpu")
-    machine = _machine(arguments)
-    for task in tasks.values():
-        rows = read_rows(arguments.rows)
-        for split in ("validation", "test"):
-            if not any(row["method"] == BASE and (row["task"], row["split"]) == (task.name, split) for row in rows):
-                scores = figures(base.score(task.split(split)))
-                _append(arguments.rows, {"task": task.name, "method": BASE, "split": split, **scores}, machine)
-    while True:
-        run = next(missing(read_rows(arguments.rows), arguments), None)
-        if run is None:
-            note("every run has its row")
-            return
-        if time.monotonic() - began > 60 * arguments.minutes:
-            note(f"stopped before {run}; the same command goes on")
-            return
-        row = execute(run, base, tasks[run.task])
-        _append(arguments.rows, row, machine)
+    for row in read_rows(arguments.rows):
+        if any(row[name] != getattr(arguments, name) for name in SETTING):
+            parser.error(f"{arguments.rows} has rows of {', '.join(f'{name} {row[name]}' for name in SETTING)}")
+    began, machine = time.monotonic(), _machine(arguments)
+    flying: dict[Future[dict[str, Any]], Run] = {}
+    with _pool(arguments) as pool:
+        while True:
+            if time.monotonic() - began <= 60 * arguments.minutes:
+                runs = (run for run in missing(read_rows(arguments.rows), arguments) if run not in flying.values())
+                for run in itertools.islice(runs, arguments.workers - len(flying)):
+                    flying[pool.submit(_work, run)] = run
+            if not flying:
+                break
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                del flying[future]
+                _append(arguments.rows, future.result(), machine)
+    left = next(missing(read_rows(arguments.rows), arguments), None)
+    note("every run has its row" if left is None else f"stopped before {left}; the same command goes on")
 
 
-def missing(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Iterator[Run]:
+_bench: dict[str, Any] = {}  # what a worker holds: the base and the tasks
+
+
+def _pool(arguments: argparse.Namespace) -> Executor:
+    """What the runs are computed in: this process, or several that share its cores."""
+    if arguments.workers == 1:
+        return ThreadPoolExecutor(1, initializer=_open, initargs=(arguments,))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(arguments.workers, mp_context=spawn, initializer=_open, initargs=(arguments,))
+
+
+def _open(arguments: argparse.Namespace) -> None:
+    if arguments.workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.workers))
+    _bench["tasks"] = {name: load_task(name, arguments.data) for name in arguments.tasks}
+    _bench["base"] = Base(arguments.base, "cuda" if arguments.device == "gpu" else "cpu", arguments.dtype)
+
+
+def _work(run: Run) -> dict[str, Any]:
+    base, task = _bench["base"], _bench["tasks"][run.task]
+    if run.method == BASE:
+        return {**asdict(run), **figures(base.score(task.split(run.split)))}
+    return execute(run, base, task)
+
+
+def missing(rows: Rows, arguments: argparse.Namespace) -> Iterator[Run]:
     """The runs that have no row yet, in order; a test's only once its learning rate is known."""
     names = [field.name for field in fields(Run)]
-    done = {tuple(row[name] for name in names) for row in rows if row["method"] != BASE}
+    done = {tuple(row[name] for name in names) for row in rows}
+    setting = {name: getattr(arguments, name) for name in SETTING}
+    runs = [
+        Run(task=task, method=BASE, rate=0.0, seed=0, split=split, **setting)
+        for task, split in itertools.product(arguments.tasks, ("validation", "test"))
+    ]
     for method, task in itertools.product(arguments.methods, arguments.tasks):
-        run = partial(Run, task=task, method=method, epochs=arguments.epochs)
-        runs = [run(rate=rate, seed=0, split="validation") for rate in METHODS[method].rates]
-        found = chosen_rate(rows, task, method, arguments.epochs)
+        run = partial(Run, task=task, method=method, **setting)
+        runs += [run(rate=rate, seed=0, split="validation") for rate in METHODS[method].rates]
+        found = chosen_rate(rows, task, method)
         if found is not None:
             runs += [run(rate=found, seed=seed, split="test") for seed in range(1, arguments.seeds + 1)]
-        yield from (one for one in runs if tuple(asdict(one).values()) not in done)
+    yield from (one for one in runs if tuple(asdict(one).values()) not in done)
 
 
-def chosen_rate(rows: Sequence[dict[str, Any]], task: str, method: str, epochs: int) -> float | None:
+def chosen_rate(rows: Rows, task: str, method: str) -> float | None:
     """The learning rate of the least validation loss; None until every one was tried."""
     tried = {
         row["rate"]: row["loss"]
         for row in rows
-        if (row["task"], row["method"], row["split"]) == (task, method, "validation")
-        and row.get("seed") == 0
-        and row["epochs"] == epochs
+        if (row["task"], row["method"], row["split"], row["seed"]) == (task, method, "validation", 0)
     }
     if not set(METHODS[method].rates) <= set(tried):
         return None
@@ -113,7 +148,7 @@ def _append(path: Path, row: dict[str, Any], machine: dict[str, Any]) -> None:
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the machine and the versions goes into every row."""
-    found = environment(argparse.Namespace(device=arguments.device, dtype="float32"))
+    found = environment(argparse.Namespace(device=arguments.device, dtype=arguments.dtype))
     versions = {name: found["versions"].get(name) for name in ("moka", "torch", "transformers", "peft")}
     return {"hardware": found["gpu"] or found["cpu"], "commit": found["commit"], "versions": versions}
 

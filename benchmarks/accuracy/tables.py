@@ -50,17 +50,9 @@ def markdown(rows: Rows) -> str:
 
 def test_rows(rows: Rows, task: str, method: str) -> list[Mapping[str, Any]]:
     """The rows of a method's test, by seed, at the learning rate that validation chose."""
-    epochs = {row["epochs"] for row in rows if row["method"] != BASE}
-    found = []
-    for count in epochs:
-        rate = chosen_rate(rows, task, method, count)  # type: ignore[arg-type]
-        found += [
-            row
-            for row in rows
-            if (row["task"], row["method"], row["split"], row.get("rate"), row.get("epochs"))
-            == (task, method, "test", rate, count)
-        ]
-    return sorted(found, key=lambda row: row["seed"])
+    rate = chosen_rate(rows, task, method)  # type: ignore[arg-type]
+    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "test")]
+    return sorted((row for row in found if row["rate"] == rate), key=lambda row: row["seed"])
 
 
 def answered(rows: Rows, name: str) -> np.ndarray:
@@ -99,8 +91,8 @@ def _setting(rows: Rows) -> str:
     commits = sorted({row["commit"] or "unknown" for row in trained})
     epochs, batch = sorted({row["epochs"] for row in trained}), sorted({row["batch"] for row in trained})
     return (
-        f"{len(trained)} runs, {epochs} epochs, batches of {batch}, float32 on a base decoded from NF4 with double "
-        f"quantisation. {'; '.join(hardware)}. {'; '.join(versions)}. Commits {', '.join(commits)}."
+        f"{len(trained)} runs, {epochs} epochs, batches of {batch}, in {rows[0]['dtype']} on a base decoded from NF4 "
+        f"with double quantisation. {'; '.join(hardware)}. {'; '.join(versions)}. Commits {', '.join(commits)}."
     )
 
 

@@ -33,6 +33,8 @@ class Run:
         split: what it is scored on.
         epochs: over the questions for training.
         batch: questions a step.
+        dtype: "float32", or "bfloat16": the base's weights, and what is computed with them, as QLoRA does it; the
+            adapter's own parameters stay float32.
     """
 
     task: str
@@ -42,17 +44,23 @@ class Run:
     split: str
     epochs: int = 1
     batch: int = 16
+    dtype: str = "float32"
 
 
 class Base:
     """A model whose linear layers of the blocks have the weights that NF4 with double quantisation decodes to.
 
-    Every method is put onto a copy of it, in float32: what bitsandbytes computes on its 4-bit layers in float32, but
-    for the order of sums, and the only base that LoKr of PEFT takes. Its time and memory are not those of a 4-bit
-    base; `benchmarks.train_step` and `benchmarks.memory` measure these.
+    Every method is put onto a copy of it: what bitsandbytes computes on its 4-bit layers in that dtype, but for the
+    order of sums, and the only base that LoKr of PEFT takes. Its time and memory are not those of a 4-bit base;
+    `benchmarks.train_step` and `benchmarks.memory` measure these.
+
+    Args:
+        folder: of the model.
+        device: "cpu" or "cuda".
+        dtype: see `Run`.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str = "float32") -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for path, layer in model.named_modules():
@@ -61,20 +69,27 @@ class Base:
                 layer.weight.data = torch.from_numpy(dequantise_nf4(weight))
         self.architecture = Architecture.from_hf_config(model.config.to_dict())
         self.longest: int = model.config.max_position_embeddings
-        self.model = model.to(device).requires_grad_(False)
+        self.device, self.dtype = device, dtype
+        self.model = model.to(device, getattr(torch, dtype)).requires_grad_(False)
 
     def with_adapter(self, method: str, seed: int) -> Any:
         """A copy of the model with a new adapter, as PEFT makes it."""
         torch.manual_seed(seed)
         return get_peft_model(copy.deepcopy(self.model), METHODS[method].config(self.architecture))
 
+    def precision(self) -> torch.autocast:
+        """In which an adapter, whose parameters are float32, is computed on this base."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
     def score(self, questions: Sequence[Question], model: nn.Module | None = None) -> Scores:
         """The model's scores, or those of another with its tokenizer."""
-        return score(self.model if model is None else model, self.tokenizer, questions, longest=self.longest)
+        with self.precision():
+            return score(self.model if model is None else model, self.tokenizer, questions, longest=self.longest)
 
 
 def execute(run: Run, base: Base, task: Task) -> dict[str, Any]:
-    """Train and score; the row of the run."""
+    """Train and score; the row of the run, on a base of its dtype."""
+    assert base.dtype == run.dtype
     model = base.with_adapter(run.method, run.seed)
     began = time.perf_counter()
     losses = train(model, base, task.train, run)
@@ -119,7 +134,8 @@ def train(model: Any, base: Base, questions: Sequence[Question], run: Run) -> li
     losses = []
     for _ in range(run.epochs):
         for batch in _shuffled(answers, run.batch, generator):
-            values = answer_log_likelihoods(model, batch, pad=base.tokenizer.eos_token_id)
+            with base.precision():
+                values = answer_log_likelihoods(model, batch, pad=base.tokenizer.eos_token_id)
             loss = -torch.cat(values).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
