@@ -30,13 +30,23 @@ class Scores:
         log_likelihoods: of every choice of every question, in nats.
         characters: of every choice, without the space before it.
         right: the number of the right choice of every question.
-        loss: the mean negative log-likelihood of the right answers' tokens, in nats.
+        tokens: of every right answer.
     """
 
     log_likelihoods: Sequence[Sequence[float]]
     characters: Sequence[Sequence[int]]
     right: Sequence[int]
-    loss: float
+    tokens: Sequence[int]
+
+    @property
+    def lost(self) -> list[float]:
+        """The negative log-likelihood of every question's right answer, in nats."""
+        return [-values[right] for values, right in zip(self.log_likelihoods, self.right, strict=True)]
+
+    @property
+    def loss(self) -> float:
+        """The mean negative log-likelihood of the right answers' tokens, in nats."""
+        return sum(self.lost) / sum(self.tokens)
 
     def picked(self, *, normalised: bool) -> list[int]:
         """The choice of the largest log-likelihood, by character or not, of every question; the first of equals."""
@@ -116,7 +126,7 @@ def score(model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, lo
         for choice, text in enumerate(question.choices)
     ]
     found = [[math.nan] * len(question.choices) for question in questions]
-    lost, tokens = 0.0, 0
+    tokens = [0] * len(questions)
     training = model.training
     model.eval()
     for some in _batches(sorted(rows, key=lambda row: len(row[2].tokens)), batch):
@@ -124,13 +134,13 @@ def score(model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, lo
         for (number, choice, _), value in zip(some, values, strict=True):
             found[number][choice] = float(value.double().sum())
             if choice == questions[number].right:
-                lost, tokens = lost - found[number][choice], tokens + len(value)
+                tokens[number] = len(value)
     model.train(training)
     return Scores(
         log_likelihoods=found,
         characters=[[len(choice) - 1 for choice in question.choices] for question in questions],
         right=[question.right for question in questions],
-        loss=lost / tokens,
+        tokens=tokens,
     )
 
 

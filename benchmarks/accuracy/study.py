@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.study --base report/base --data ../shared/data --minutes 120
 
-Every method has as many tries: its four learning rates, with seed 0, scored on the validation split. The one of the
+Every method has as many tries: its three learning rates, with seed 0, scored on the validation split. The one of the
 least loss of the right answers there is trained again with the seeds 1, 2, … and scored on the test split, which
 nothing was chosen by. What has a row in `--rows` is not run again, so the study goes on where it was stopped;
 no run is begun after `--minutes`. On a CPU two `--workers` of one core each are faster than one of two.
