@@ -222,6 +222,7 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
         done.append(run)
         each = "10" * (len(task.split(run.split)) // 2)
         figures = {"loss": losses[run.rate], "questions": len(each), "parameters": 7, "train_seconds": 1.0}
+        figures["lost_each"] = [1.0] * len(each)
         named = {
             f"{name}{part}": value
             for name in ("accuracy", "accuracy_norm")
@@ -297,6 +298,13 @@ def test_a_difference_does_not_count_what_is_hard_for_both() -> None:
     alone = interval(one)
     assert alone[2] - alone[1] > 2 * (high - low)
     assert mean == pytest.approx(one.mean() - other.mean())
+
+
+def test_the_loss_is_the_mean_of_what_each_question_adds() -> None:
+    rows = [{"loss": 2.0, "lost_each": [1.0, 3.0, 8.0]}, {"loss": 4.0, "lost_each": [6.0, 6.0, 6.0]}]
+    found = tables.lost(rows)
+    assert found.mean(axis=1) == pytest.approx([2, 4])
+    assert found[0] == pytest.approx([0.5, 1.5, 4.0])
 
 
 # ---- for lm-eval

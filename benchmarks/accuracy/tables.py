@@ -60,11 +60,17 @@ def answered(rows: Rows, name: str) -> np.ndarray:
     return np.array([[int(digit) for digit in row[f"{name}_each"]] for row in rows])
 
 
-def interval(right: np.ndarray, than: np.ndarray | None = None) -> tuple[float, float, float]:
-    """The mean share of right answers, or its difference to another method's, and the ends of its 95 % interval.
+def lost(rows: Rows) -> np.ndarray:
+    """What each question adds to the loss, (seeds, questions): nats of its right answer, whose mean is the loss."""
+    each = np.array([row["lost_each"] for row in rows])
+    return each * (np.array([row["loss"] for row in rows]) / each.mean(axis=1))[:, None]
+
+
+def interval(own: np.ndarray, than: np.ndarray | None = None) -> tuple[float, float, float]:
+    """The mean over seeds and questions, or its difference to another method's, and the ends of its 95 % interval.
 
     Args:
-        right: (seeds, questions), 0 or 1.
+        own: (seeds, questions), such as 1 for a question that was answered right and 0 for one that was not.
         than: of the other method, (seeds, questions); the questions are the same.
     """
     rng = np.random.default_rng(0)
@@ -74,8 +80,8 @@ def interval(right: np.ndarray, than: np.ndarray | None = None) -> tuple[float, 
         by_question = np.stack([values[some].mean(axis=0) for some in seeds])
         return np.take_along_axis(by_question, questions, axis=1).mean(axis=1)
 
-    questions = rng.integers(0, right.shape[1], (DRAWS, right.shape[1]))
-    means, mean = drawn(right, questions), right.mean()
+    questions = rng.integers(0, own.shape[1], (DRAWS, own.shape[1]))
+    means, mean = drawn(own, questions), own.mean()
     if than is not None:
         means, mean = means - drawn(than, questions), mean - than.mean()
     low, high = np.percentile(means, [2.5, 97.5])
@@ -114,11 +120,14 @@ def _test_table(rows: Rows, task: str) -> str:
         own = test_rows(rows, task, method)
         if not own:
             continue
-        right = answered(own, "accuracy_norm")
-        difference = None
+        differences: list[str | None] = [None, None]
         if reference and method != REFERENCE:
-            difference = _percent(*interval(right, answered(reference, "accuracy_norm")), sign=True)
-        losses = [row["loss"] for row in own]
+            pairs = ((answered(some, "accuracy_norm"), lost(some)) for some in (own, reference))
+            accuracies, losses = zip(*pairs, strict=True)
+            differences = [
+                _percent(*interval(*accuracies), sign=True),
+                "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(*losses)),
+            ]
         lines.append(
             [
                 method,
@@ -126,15 +135,16 @@ def _test_table(rows: Rows, task: str) -> str:
                 f"{own[0]['parameters']:,}",
                 f"{own[0]['rate']:g}",
                 len(own),
-                _percent(*interval(right)),
-                difference,
+                _percent(*interval(answered(own, "accuracy_norm"))),
+                differences[0],
                 f"{100 * answered(own, 'accuracy').mean():.1f}",
-                f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+                f"{lost(own).mean():.3f}",
+                differences[1],
                 f"{np.median([row['train_seconds'] for row in own]):.0f} s",
             ]
         )
     headers = ["method", "what", "trainable", "rate", "seeds", "accuracy by character, %", f"minus {REFERENCE}"]
-    return table([*headers, "plain, %", "loss", "training"], lines)
+    return table([*headers, "plain, %", "loss", f"minus {REFERENCE}", "training"], lines)
 
 
 def _tries_table(rows: Rows, task: str) -> str:
