@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.util
 import json
 import logging
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from moka_cli.figures import check_json, finite, text_console, write_json
@@ -37,6 +40,7 @@ COMMONSENSE = (
 )
 SETS: dict[str, tuple[tuple[str, ...], int | None]] = {"commonsense": (COMMONSENSE, None), "mmlu": (("mmlu",), 5)}
 BOOTSTRAPS = 1000
+TOLD_EVERY = 10.0  # seconds, without a terminal
 
 
 def run_eval(
@@ -77,16 +81,24 @@ def run_eval(
     check_json(json_file)
     if samples is not None:
         check_file(samples)
-    console = text_console(json_file)
+        if json_file is not None and samples.resolve() == json_file.resolve():
+            raise ConfigError(f"--samples: expected another file than --json's; got {samples} for both")
+    console, progress = text_console(json_file), Console(stderr=True)
     value = None if adapter is None else load_adapter(adapter)
     held = (quantise or "nf4-double") if value is None else value.quantisation(quantise)
     opened = open_base(base, quantise=held)  # type: ignore[arg-type]
     if value is not None:
         check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     began = time.perf_counter()
-    with console.status("reading the tasks") as status, quiet():
+    with progress.status("reading the tasks") as status, quiet():
         loaded, notes, tokenizer = ask(names, base, backend=backend, shots=shots, limit=limit, chat=chat)
-        status.update("loading the model")
+        trained = None if value is None else value.base_quantisation
+        if trained not in (None, opened.quantisation):
+            notes.append(f"the adapter was trained on a base held as {trained}; here it is {opened.quantisation}")
+        for note in notes:
+            progress.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False, soft_wrap=True)
+        tell = status.update if progress.is_terminal else partial(progress.print, highlight=False, markup=False)
+        tell("loading the model")
         options = {"quantise": held, "allow_other_base": allow_other_base, "batch_size": batch_size}
         if backend == "torch":
             from moka_torch.evaluation import load_lm
@@ -94,13 +106,9 @@ def run_eval(
             lm: Any = load_lm(base, adapter, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
         else:
             lm = flax_lm(base, value, tokenizer, **options)  # type: ignore[arg-type]
-        results = evaluate(lm, loaded, limit=limit, chat=chat, tell=status.update)
+        every = 0.0 if progress.is_terminal else TOLD_EVERY
+        results = evaluate(lm, loaded, limit=limit, chat=chat, tell=tell, every=every)
     report = figures(results)
-    trained = None if value is None else value.base_quantisation
-    if trained not in (None, opened.quantisation):
-        notes.append(f"the adapter was trained on a base held as {trained}; here it is {opened.quantisation}")
-    for note in notes:
-        console.print(f"[yellow]note[/yellow]: {note}", highlight=False, soft_wrap=True)
     console.print(results_table(report))
     if samples is not None:
         write_samples(samples, results["samples"])
@@ -110,7 +118,9 @@ def run_eval(
         "adapter": None if adapter is None else str(adapter),
         "backend": backend,
         "quantise": opened.quantisation,
+        "shots": shots,
         "limit": limit,
+        "batch_size": batch_size,
         "chat": chat,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -130,7 +140,8 @@ def run_eval(
 def chosen(tasks: str | None, set_: str | None, shots: int | None) -> tuple[list[str], int | None]:
     """The names of the tasks, and how many examples stand before each question."""
     if (tasks is None) == (set_ is None):
-        raise ConfigError(f"expected either --tasks NAME,FILE.yaml or --set {'|'.join(SETS)}")
+        came = "neither" if tasks is None else "both"
+        raise ConfigError(f"expected either --tasks NAME,FILE.yaml or --set {'|'.join(SETS)}; got {came}")
     if set_ is not None:
         if set_ not in SETS:
             raise ConfigError(f"--set: expected {' or '.join(SETS)}; got {set_!r}")
@@ -139,6 +150,9 @@ def chosen(tasks: str | None, set_: str | None, shots: int | None) -> tuple[list
     names = [name.strip() for name in (tasks or "").split(",")]
     if not all(names):
         raise ConfigError(f"--tasks: expected names or YAML files with commas between; got {tasks!r}")
+    for name in names:
+        if name in SETS:
+            raise ConfigError(f"--tasks: {name} is a set of tasks; use --set {name}")
     return names, shots
 
 
@@ -189,24 +203,41 @@ def flax_lm(
 
 
 class Counter:
-    """In the place of lm-eval's cache, which is told of every answer: tells how many there are."""
+    """In the place of lm-eval's cache, which is told of every answer: tells how many there are.
 
-    def __init__(self, total: int, tell: Callable[[str], object]) -> None:
-        self._total, self._tell, self._count = total, tell, 0
+    Args:
+        total: of answers.
+        every: seconds between what is told, at least.
+    """
+
+    def __init__(self, total: int, tell: Callable[[str], object], every: float) -> None:
+        self._total, self._tell, self._every, self._count = total, tell, every, 0
+        self._began = self._told = time.monotonic()
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         self._count += 1
-        self._tell(f"evaluating: {self._count} of {self._total}")
+        now = time.monotonic()
+        if now - self._told >= self._every:
+            self._told = now
+            left = round((now - self._began) / self._count * (self._total - self._count))
+            self._tell(f"{self._count} of {self._total} answers, {datetime.timedelta(seconds=left)} left")
 
 
 def evaluate(
-    lm: Any, loaded: dict[str, Any], *, limit: int | None, chat: bool, tell: Callable[[str], object]
+    lm: Any,
+    loaded: dict[str, Any],
+    *,
+    limit: int | None,
+    chat: bool,
+    tell: Callable[[str], object],
+    every: float = 0.0,
 ) -> dict[str, Any]:
     """What `lm_eval.evaluator.evaluate` gives, with the seeds that lm-eval's own command sets.
 
     Args:
         loaded: tasks that `check_tasks` has seen.
         tell: is called with how far it is.
+        every: seconds between that, at least.
 
     Raises:
         ModelError: a log-likelihood is not finite.
@@ -219,7 +250,7 @@ def evaluate(
     np.random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
-    lm.set_cache_hook(Counter(sum(len(task.instances) for task in loaded["tasks"].values()), tell))
+    lm.set_cache_hook(Counter(sum(len(task.instances) for task in loaded["tasks"].values()), tell, every))
     if os.environ.get("TQDM_DISABLE") == "1":
         for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, name, partial(getattr(lm, name), disable_tqdm=True))

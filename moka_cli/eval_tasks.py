@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +14,20 @@ from typing import Any
 
 import yaml
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
+from lm_eval.config.task import TaskConfig
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from moka_core import ConfigError, DataError, MokaError
+from moka_core.config import check_keys
 from moka_core.errors import first_lines
 from moka_core.harness import MAX_NEW, HarnessTokenizer
 
 SEED = 1234  # of the few-shot examples, as lm-eval's own command has it
 SHOWN = 8
+_TASK_KEYS = [field.name for field in dataclasses.fields(TaskConfig)]
+_SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 class Reader(HarnessTokenizer, TemplateLM):
@@ -55,13 +62,16 @@ def load_tasks(names: Sequence[str], *, shots: int | None = None, limit: int | N
     """What `TaskManager.load` gives, of names of lm-eval's tasks and groups, and of YAML files of its format.
 
     Args:
-        shots: examples before each question, where the task does not fix none.
+        shots: examples before each question, in place of the task's own number unless that is 0.
         limit: questions of each task that are looked at.
 
     Raises:
         ConfigError: a name is unknown, a file is not there or no task, or two tasks have one name.
         DataError: a task's data cannot be read, or its first question cannot be asked.
     """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--tasks: expected each task once; {', '.join(twice)} stands there twice")
     files = [_file(name) for name in names]
     manager = TaskManager(include_defaults=None in files)  # lm-eval's own are 14,000
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -69,7 +79,7 @@ def load_tasks(names: Sequence[str], *, shots: int | None = None, limit: int | N
     for name, file in zip(names, files, strict=True):
         if file is None and name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "lm_eval ls tasks lists all"
+            hint = f"did you mean {', '.join(near)}?" if near else "lm_eval ls tasks lists all."
             raise ConfigError(f"--tasks: lm-eval has no task {name!r}; {hint} A task of yours is a YAML file's path")
         loaded = _load(manager, name if file is None else str(file), limit)
         for task in loaded["tasks"]:
@@ -95,17 +105,36 @@ def reseed(loaded: dict[str, Any]) -> None:
 def _file(name: str) -> Path | None:
     """The YAML file that a name is the path of; None for a name."""
     file = Path(name)
+    if file.suffix in (".json", ".jsonl", ".csv"):
+        raise ConfigError(
+            f"--tasks: {name} holds data; expected a task of lm-eval in YAML that names it (dataset_kwargs: data_files)"
+        )
     if file.suffix not in (".yaml", ".yml") and os.sep not in name:
         return None
     if not os.path.isfile(file):
         raise ConfigError(f"--tasks: {name}: no such file; expected a task of lm-eval in YAML")
-    task = _mapping(file).get("task")
+    values = _mapping(file)
+    task = values.get("task")
     if not isinstance(task, str):
         raise ConfigError(
             f"--tasks: {name}: expected a task of lm-eval, a YAML mapping whose 'task' is its name; got {task!r:.80}; "
             "of a group, give the files of its tasks"
         )
+    if "class" not in values:  # one in Python reads keys of its own
+        check_keys(values, [*_TASK_KEYS, "include", "task_list"], where=f"--tasks: {name}")
+    if "process_results" not in values:  # which may make metrics of its own
+        _check_metrics(values.get("metric_list"), where=f"--tasks: {name}")
     return file
+
+
+def _check_metrics(entries: Any, *, where: str) -> None:
+    """Refuse a metric that lm-eval does not have: it leaves it out without an error."""
+    for entry in entries if isinstance(entries, list) else []:
+        metric = entry.get("metric") if isinstance(entry, dict) and not entry.get("hf_evaluate") else None
+        if isinstance(metric, str) and metric not in metric_registry:
+            near = difflib.get_close_matches(metric, metric_registry.keys(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(metric_registry.keys()))}"
+            raise ConfigError(f"{where}: metric_list: lm-eval has no metric {metric!r}; {hint}")
 
 
 def _mapping(file: Path) -> dict[Any, Any]:
@@ -133,21 +162,51 @@ def _load(manager: TaskManager, name: str, limit: int | None) -> Any:
     except Exception as error:  # a task's data, prompts and functions are somebody else's, and may fail in any way
         task = _half_built(error)
         if task is not None:
-            _raise(task.config.task, document_problems(task, limit)[0])
+            _raise(task.config.task, _field_problems(task) or document_problems(task, limit)[0])
         raise DataError(
-            f"{name}: lm-eval cannot load this task: {type(error).__name__}: {error}. Tasks by name need access to the "
-            "hub, where their data lie; a YAML file may name data of your own (dataset_kwargs: data_files)"
+            f"{name}: lm-eval cannot load this task: {_why(error, _half_built(error, 'dataset'))}"
         ) from error
 
 
-def _half_built(error: Exception) -> Any:
+def _half_built(error: Exception, having: str = "task_docs") -> Any:
     """The task that failed over its first document, if it was that: lm-eval looks at it as it loads, and says not why.
 
     It is found in the traceback; its data are loaded.
+
+    Args:
+        having: what the task must have by then: the documents that are asked, or only its `dataset`.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [frame.f_locals.get("self") for frame in frames]
-    return next((owner for owner in owners if hasattr(owner, "task_docs")), None)
+    return next((owner for owner in owners if getattr(owner, having, None) is not None), None)
+
+
+def _why(error: Exception, task: Any) -> str:
+    """Why a task cannot be loaded, and what to do.
+
+    Args:
+        task: if its data could be read.
+    """
+    if task is None:
+        cause = error
+        while isinstance(cause.__cause__ or cause.__context__, Exception):  # the first says what failed, not why
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        told = "" if cause is error else f" ({type(cause).__name__}: {cause})"
+        return (
+            f"{type(error).__name__}: {error}{told}. Its data could not be read: those of a task by name lie on the "
+            "hub; a YAML file may name files of your own (dataset_kwargs: data_files, from the working directory on)"
+        )
+    splits = ", ".join(task.dataset)
+    named = {key: getattr(task.config, key) for key in _SPLIT_KEYS if getattr(task.config, key) is not None}
+    for key, split in named.items():
+        if split not in task.dataset:
+            return f"{key}: expected one of the data's splits, {splits}; got {split!r}"
+    if not set(named) & {"validation_split", "test_split"}:
+        return f"expected test_split or validation_split, whose questions are asked; the data's splits are {splits}"
+    empty = [split for split in named.values() if not len(task.dataset[split])]
+    if empty:
+        return f"expected questions; split {empty[0]!r} has none"
+    return f"{type(error).__name__}: {error}"
 
 
 def check_tasks(
@@ -162,6 +221,7 @@ def check_tasks(
     """
     notes: list[str] = []
     for name, task in loaded["tasks"].items():
+        _raise(name, _field_problems(task))
         problems, odd = document_problems(task, limit)
         _raise(name, problems)
         if odd:
@@ -182,15 +242,37 @@ def check_tasks(
             raise
         except Exception as error:  # see _load
             raise DataError(
-                f"{name}: lm-eval cannot write its questions: {type(error).__name__}: {error}"
-                + (f"; it asks for {task.get_config('num_fewshot')} examples" if task.get_config("num_fewshot") else "")
+                f"{name}: lm-eval cannot write its questions: {type(error).__name__}: {error}{_examples(task)}"
             ) from error
         found: dict[int, str] = {}  # one a document
         for document, problem in _request_problems(name, task, reader, limits):
             found.setdefault(document, f"document {document}: {problem}")
-        _raise(name, list(found.values()))
+        _raise(name, list(found.values()), shots=bool(task.get_config("num_fewshot")))
     reseed(loaded)
     return notes
+
+
+def _examples(task: Any) -> str:
+    """How many examples a task asks for, and how many there are."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return ""
+    there = task.fewshot_docs() if hasattr(task, "fewshot_docs") else None
+    return f"; it asks for {wanted} examples" + ("" if there is None else f", and there are {len(list(there))}")
+
+
+def _field_problems(task: Any) -> list[str]:
+    """Which fields of a task name no column of its data: lm-eval takes such a name as the text of every question."""
+    problems = []
+    columns = next(iter(task.task_docs), {}) if hasattr(task, "task_docs") else {}
+    for key in ("doc_to_text", "doc_to_choice"):
+        value = getattr(task.config, key, None)
+        if isinstance(value, str) and value.isidentifier() and columns and value not in columns:
+            problems.append(
+                f"{key}: expected a column of the data ({', '.join(columns)}), or a template with {{{{column}}}}; "
+                f"got {value!r}"
+            )
+    return problems
 
 
 def _asks_itself(task: Any) -> bool:
@@ -212,6 +294,8 @@ def document_problems(task: Any, limit: int | None) -> tuple[list[str], list[str
         return problems, odd
     if not hasattr(task, "doc_to_choice"):
         return problems, odd  # a class of its own in Python
+    texts = set()
+    number = -1
     for number, document in task.doc_iterator(limit=limit):
         try:
             choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
@@ -220,6 +304,7 @@ def document_problems(task: Any, limit: int | None) -> tuple[list[str], list[str
         except Exception as error:  # noqa: BLE001  (see _load: whatever fails is told)
             problems.append(f"document {number}: {type(error).__name__}: {error}")
             continue
+        texts.add(str(text))
         if choices is not None:
             found = _choice_problem(choices)
             if found:
@@ -233,7 +318,24 @@ def document_problems(task: Any, limit: int | None) -> tuple[list[str], list[str
             found = _target_problem(right, choices, chosen=task.OUTPUT_TYPE == "multiple_choice")
             if found:
                 problems.append(f"document {number}: {found}")
+            elif choices is not None and _misread(task.config.doc_to_target, document, right, choices):
+                odd.append(
+                    f"document {number}: lm-eval takes the right answer {right} as a choice's number, that of "
+                    f"{choices[right]!r}, though another choice has this text; if the text is meant, write "
+                    f"doc_to_target: {task.config.doc_to_target.strip('{} ')}, without braces"
+                )
+    if number > 0 and len(texts) == 1 and texts != {""}:
+        odd.append(f"every question has the same text, {next(iter(texts))!r:.60}")
     return problems, odd
+
+
+def _misread(field: Any, document: dict[str, Any], right: Any, choices: list[str]) -> bool:
+    """Whether lm-eval made a number of a text: it does so of digits that a template gives, not of a column's."""
+    if not isinstance(field, str) or not isinstance(right, int):
+        return False
+    column = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", field)
+    text = document.get(column[1]) if column else None
+    return isinstance(text, str) and text in choices and choices[right] != text
 
 
 def _choice_problem(choices: Any) -> str | None:
@@ -303,9 +405,9 @@ def _request_problems(name: str, task: Any, reader: Reader, limits: Limits) -> I
             yield where, f"token {foreign[0]} is none of the model's {limits.vocabulary}; is it its tokenizer?"
 
 
-def _raise(name: str, problems: list[str]) -> None:
+def _raise(name: str, problems: list[str], *, shots: bool = False) -> None:
     if problems:
-        few = "fewer --shots make questions shorter; " if "exceed" in problems[0] else ""
+        few = "fewer --shots make questions shorter; " if shots and "exceed" in problems[0] else ""
         raise DataError(
             f"{name}: {len(problems)} of its questions cannot be asked as they are ({few}nothing was computed):\n  "
             + _listed(problems, "\n  ")

@@ -284,7 +284,7 @@ def eval_(
         str | None, typer.Option("--set", help="commonsense: the paper's eight tasks; mmlu: MMLU with 5 examples.")
     ] = None,
     backend: Annotated[Literal["torch", "jax"], typer.Option(help="What computes.")] = "torch",
-    shots: Annotated[int | None, typer.Option(help="Examples before each question, where a task fixes none.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question, unless a task fixes none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take the first questions of each task only.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts that are read at once.")] = 8,
     quantise: Quantise = None,

@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     arguments = parser.parse_args(argv)
-    questions = load_task(arguments.task, arguments.data).test
+    try:
+        questions = load_task(arguments.task, arguments.data).test
+    except DataError as error:
+        parser.error(str(error))
     print(write_task(arguments.out, f"study_{arguments.task}", questions, file=f"{arguments.task}.yaml"))
 
 

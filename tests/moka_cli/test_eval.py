@@ -118,8 +118,10 @@ def test_both_backends_agree_on_an_adapter(base, adapter, tasks, tmp_path, capsy
         )
         assert status == 0
         logged[backend], figures[backend] = samples(files[0]), json.loads(files[1].read_text())
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "--shots 1 is not for go_on, roll: num_fewshot is fixed there" in printed
+    printed, told = (" ".join(text.split()) for text in capsys.readouterr())
+    assert re.search(r"\b\d+ of 3\d\d answers|loading the model", told)
+    assert told.index("note: ") < told.index("loading the model")
+    assert "--shots 1 is not for go_on, roll: num_fewshot is fixed there" in told
     assert f"next: the base alone: moka eval --base {base} --tasks {names} --shots 1 --quantise nf4-double" in printed
     torch, jax = logged["torch"], logged["jax"]
     assert [sample["arguments"] for sample in torch["pick"]] == [sample["arguments"] for sample in jax["pick"]]
@@ -239,6 +241,44 @@ def test_answers_by_their_text_and_labels_that_are_not_there(tmp_path):
         check(task(tmp_path, "wrong", questions(3), doc_to_text="{{nothing}}"))
 
 
+def test_a_field_that_names_no_column_and_a_metric_that_is_none(tmp_path):
+    for key in ("doc_to_text", "doc_to_choice"):
+        with pytest.raises(DataError, match=rf"{key}: expected a column of the data \(q, choices, label\).*got 'qq'"):
+            check(task(tmp_path, "typo", questions(3), **{key: "qq"}))
+    with pytest.raises(ConfigError, match=r"metric_list: lm-eval has no metric 'accc'; did you mean 'acc'\?"):
+        check(task(tmp_path, "metric", questions(3), metric_list=[{"metric": "accc"}]))
+    (note,) = check(task(tmp_path, "same", questions(3), doc_to_text="Is it?"))
+    assert note == "same: every question has the same text, 'Is it?'"
+
+
+def test_a_number_that_lm_eval_makes_of_a_text_is_told(tmp_path):
+    rows = [{"q": f"{n} + 1?", "choices": ["1", "2", "0"], "label": "1"} for n in range(2)]
+    (note,) = check(task(tmp_path, "digits", rows, doc_to_target="{{label}}"))
+    assert "document 0: lm-eval takes the right answer 1 as a choice's number, that of '2'" in note
+    assert "write doc_to_target: label, without braces" in note
+    assert check(task(tmp_path, "column", rows)) == []
+    assert check(task(tmp_path, "number", [{**row, "label": 1} for row in rows], doc_to_target="{{label}}")) == []
+
+
+def test_why_data_cannot_be_read(tmp_path):
+    for settings, message in (
+        ({"test_split": "tset"}, r"test_split: expected one of the data's splits, test; got 'tset'"),
+        (
+            {"test_split": None},
+            "expected test_split or validation_split, whose questions are asked; .* splits are test",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            check(task(tmp_path, "bad", questions(3), **settings))
+    file = task(tmp_path, "broken", questions(3))
+    (tmp_path / "broken.jsonl").write_text('{"q": "a" "b"}\n')
+    with pytest.raises(DataError, match=r"DatasetGenerationError: .* \(\w+: .*from the working directory on"):
+        check(file)
+    (tmp_path / "broken.jsonl").write_text("")
+    with pytest.raises(DataError, match="broken"):
+        check(file)
+
+
 def test_equal_choices_are_told(tmp_path):
     rows = questions(3)
     rows[1]["choices"][2] = rows[1]["choices"][0]
@@ -276,7 +316,9 @@ def test_prompts_and_their_settings(tmp_path):
 def test_a_foreign_tokenizer_and_too_few_examples(tmp_path):
     with pytest.raises(DataError, match=r"token 2[0-9][0-9] is none of the model's 200; is it its tokenizer"):
         check(task(tmp_path, "pick", questions(2)), limits=Limits(context=256, vocabulary=200))
-    with pytest.raises(DataError, match=r"pick: lm-eval cannot write its questions: .*; it asks for 5 examples"):
+    with pytest.raises(
+        DataError, match=r"pick: lm-eval cannot write its questions: .*; it asks for 5 examples, and there are 2"
+    ):
         check(task(tmp_path, "pick", questions(2)), shots=5)
 
 
@@ -287,7 +329,7 @@ def test_a_foreign_tokenizer_and_too_few_examples(tmp_path):
         ("task: [", "expected a task of lm-eval in YAML; while parsing"),
         ("dataset_path: json\n", "a YAML mapping whose 'task' is its name; got None"),
         ("group: g\ntask: [a, b]\n", r"got \['a', 'b'\]; of a group, give the files of its tasks"),
-        ("task: x\nno_such_key: 1\n", r"lm-eval cannot load this task: TypeError: .*no_such_key"),
+        ("task: x\ndoc_to_chioce: 1\n", r"unknown 'doc_to_chioce' \(did you mean 'doc_to_choice'\?\)"),
         (b"\xff\xfe\x00", "expected a task of lm-eval in YAML"),
     ],
 )
@@ -351,7 +393,11 @@ def test_refusals_of_the_command(base, adapter, tasks, tmp_path, capsys, monkeyp
         (("--base", base, "--tasks", pick, "--limit", 0), "--limit: expected at least 1; got 0"),
         (("--base", base, "--tasks", pick, "--batch-size", 0), "--batch-size: expected at least 1"),
         (("--base", base, "--tasks", pick, "--quantise", "fp4"), "got 'fp4'"),
-        (("--base", base), "expected either --tasks"),
+        (("--base", base), "expected either --tasks NAME,FILE.yaml or --set commonsense|mmlu; got neither"),
+        (("--base", base, "--tasks", pick, "--json", "same", "--samples", "same"), "expected another file than --json"),
+        (("--base", base, "--tasks", "mmlu"), "--tasks: mmlu is a set of tasks; use --set mmlu"),
+        (("--base", base, "--tasks", f"{pick},{pick}"), "expected each task once"),
+        (("--base", base, "--tasks", "task.jsonl"), "task.jsonl holds data; expected a task of lm-eval in YAML"),
         (("--base", base, "--tasks", pick, "--samples", tmp_path / "no" / "x"), "expected an existing folder"),
         (("--base", other, "--tasks", pick, "--chat"), "--chat: expected a tokenizer with a chat template"),
     ):
