@@ -2,7 +2,10 @@
 # The GPU set: NF4 and bfloat16, random weights in the shapes of LLaMA3-8B and LLaMA2-7B, recomputation on.
 #
 #   bash benchmarks/gpu.sh STAGE...     from the repository's root; stages: check layer train hundred train-more llama2 memory
-#   compile
+#   compile accuracy
+#
+# accuracy is the accuracy study: three tasks, five seeds; BASE names a folder of SmolLM2-135M, DATA that of the tasks' files.
+# It goes on where it stopped, if the rows that it left are in $OUT again, and is not among those that run without a stage.
 #
 # Each stage is meant to end within ten minutes on one GPU of 80 GB or more; without a stage all run, one after the other.
 # Results go to $OUT if that is set, else to benchmarks/results. A variant that fails is a line in its table.
@@ -42,8 +45,12 @@ stage() {
     llama2) bench train_step "${llama2[@]}" --repeats 10 --variants "${main[@]}" ;;
     memory) bench memory "${llama3[@]}" --remats on --variants "${main[@]}" ;;
     compile) bench compile_time --random llama3-8b --batch 4 --length 2048 --repeats 3 ;;
+    accuracy)
+        "$python" -m benchmarks.accuracy.study --base "$BASE" --data "$DATA" --device gpu --minutes 8 --seeds 5 \
+            --tasks social_iqa,wikihow,vitaminc --rows "${OUT:-benchmarks/results}/accuracy_smollm2-135m_gpu.jsonl" || status=1
+        ;;
     *)
-        echo "gpu.sh: expected check, layer, train, hundred, train-more, llama2, memory or compile; got $1" >&2
+        echo "gpu.sh: expected check, layer, train, hundred, train-more, llama2, memory, compile or accuracy; got $1" >&2
         exit 2
         ;;
     esac

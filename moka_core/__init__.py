@@ -7,7 +7,7 @@ from moka_core.errors import AdapterError, ConfigError, DataError, ModelError, M
 from moka_core.fingerprint import base_difference, base_fingerprint, check_base
 from moka_core.nf4 import Nf4Weight, dequantise_nf4, quantise_nf4
 from moka_core.plan import KronShape, LayerPlan, ShapeGroup, plan_layer, plan_model
-from moka_core.presets import PRESETS, preset
+from moka_core.presets import PRESETS, Preset, preset
 
 __all__ = [
     "PRESETS",
@@ -24,6 +24,7 @@ __all__ = [
     "MokaError",
     "Nf4Weight",
     "PathError",
+    "Preset",
     "ShapeGroup",
     "TargetError",
     "architecture",

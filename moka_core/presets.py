@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from dataclasses import dataclass
 from typing import Any
 
 from moka_core.architecture import Architecture
@@ -12,11 +13,30 @@ from moka_core.errors import ConfigError
 
 PAPER = MokaConfig()
 
-PRESETS: dict[str, str] = {
-    "paper": "r = 10: five balanced shapes x 2 copies, softmax gate, dropout 0.1, on q_proj and v_proj "
-    "(arXiv 2508.03527)",
-    "paper-s": "MoKA_s: blocks of about 4096 entries on the diagonal, r = 16 (8 with grouped-query attention); "
-    "a reconstruction from the paper's parameter totals, since its shape lists are not public",
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What is known of a preset beside its config.
+
+    Args:
+        about: what it is.
+        learning_rate: the peak of AdamW's learning rate that was best in docs/accuracy.md, on SmolLM2-135M; None if
+            it was not tuned.
+    """
+
+    about: str
+    learning_rate: float | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        about="r = 10: five balanced shapes x 2 copies, softmax gate, dropout 0.1, on q_proj and v_proj "
+        "(arXiv 2508.03527)"
+    ),
+    "paper-s": Preset(
+        about="MoKA_s: blocks of about 4096 entries on the diagonal, r = 16 (8 with grouped-query attention); "
+        "a reconstruction from the paper's parameter totals, since its shape lists are not public"
+    ),
 }
 
 

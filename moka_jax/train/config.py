@@ -47,6 +47,8 @@ FREE_FIELDS = (
 
 # Of an adapter that a run goes on from, what may be given otherwise: it says how one trains and computes, not what is.
 STARTED_FIELDS = ("dropout", *RUNTIME_FIELDS)
+# What changes how far a step at some learning rate moves a layer's output.
+_PACE_FIELDS = ("scale", "scaling", "scale_pattern", "identity", "zero_factor")
 # What decides the layers and their plans.
 _PLANNED_FIELDS = ("r", "num_shapes", "block_entries", "shapes", "target_modules", "r_pattern", "shapes_pattern")
 
@@ -145,6 +147,16 @@ class AdapterSettings:
         own = {name: given[name] for name in STARTED_FIELDS if name in given}
         values = dataclasses.replace(config, **own).to_dict()
         return AdapterSettings(overrides=values, start=self.start, start_checksum=checksum)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """That of AdamW with which the preset did best, if this is a fresh adapter of one that was tuned.
+
+        None with a field given that changes how fast a mixture moves.
+        """
+        if self.preset is None or self.start is not None or set(self.overrides) & set(_PACE_FIELDS):
+            return None
+        return PRESETS[self.preset].learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
@@ -291,7 +303,8 @@ class TrainConfig:
         base: Hugging Face folder of the base model.
         output: folder for checkpoints and metrics.
         data: examples and their form.
-        optimiser: its name and options, and the learning rate over the steps.
+        optimiser: its name and options, and the learning rate over the steps. `from_dict` takes the preset's learning
+            rate (`moka_core.PRESETS`) for AdamW, if none is given and there is one.
         steps: optimiser steps, at least 1.
         batch_size: examples of one forward pass.
         accumulate: forward passes whose gradients make one step; a step learns from batch_size·accumulate examples.
@@ -398,11 +411,14 @@ class TrainConfig:
         Raises:
             ConfigError: a key is unknown (the nearest name is given) or missing, or a value is invalid.
         """
+        values = {"optimiser": {}, **named_values(values, where="config")}
         arguments = constructor_arguments(cls, values, where="config")
         arguments["data"] = DataConfig.from_dict(arguments["data"])
-        arguments["optimiser"] = OptimiserConfig.from_dict(arguments["optimiser"])
-        if "adapter" in arguments:
-            arguments["adapter"] = AdapterSettings.from_dict(arguments["adapter"])
+        adapter = AdapterSettings.from_dict(arguments.get("adapter", {}))
+        optimiser = named_values(arguments["optimiser"], where="optimiser")
+        if adapter.learning_rate is not None and optimiser.get("name", "adamw") == "adamw":
+            optimiser = {"learning_rate": adapter.learning_rate, **optimiser}
+        arguments |= {"adapter": adapter, "optimiser": OptimiserConfig.from_dict(optimiser)}
         for name, kind in _OPTIONAL.items():
             if arguments.get(name) is not None:
                 arguments[name] = kind(**constructor_arguments(kind, arguments[name], where=name))
