@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.accuracy import harness_task, study, tables
 from benchmarks.accuracy.harness_task import write_task
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.rows import LADDER, append_row, held, next_rates, read_rows
 from benchmarks.accuracy.scoring import Scores, answer_log_likelihoods, encode, score
 from benchmarks.accuracy.tables import interval
 from benchmarks.accuracy.tasks import TASKS, Question, load_task
@@ -92,6 +93,19 @@ def test_a_question_that_cannot_be_asked_is_named(tmp_path: Path, change: dict[s
     with pytest.raises(DataError, match=message) as caught:
         load_task("wikihow", tmp_path)
     assert "1 questions cannot be asked" in str(caught.value)
+
+
+def test_a_choice_that_stands_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / TASKS["wikihow"].file).write_text(
+        '{"examples": [{"input": "q", "target_scores": {"a": 0, "b": 0, "a": 1}}]}'
+    )
+    with pytest.raises(DataError, match="expected choices that differ; two of 'q' are equal"):
+        load_task("wikihow", tmp_path)
+
+
+def test_prompts() -> None:
+    asked = TASKS["wikihow"].ask("The most reasonable step of 'Fake Food Poisoning' is")
+    assert asked == "Question: What is the most reasonable step of 'Fake Food Poisoning'?\nAnswer:"
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path, data: Path) -> None:
@@ -238,7 +252,7 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
     assert not done
     assert not rows.exists()
     study.main([*options, "--methods", "qlora-32", "--seeds", "2"])
-    assert [(row["method"], row["split"]) for row in study.read_rows(rows)[:2]] == [
+    assert [(row["method"], row["split"]) for row in read_rows(rows)[:2]] == [
         ("base", "validation"),
         ("base", "test"),
     ]
@@ -248,15 +262,81 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
     ]
     study.main([*options, "--methods", "qlora-32", "--seeds", "3"])
     assert [(run.rate, run.seed) for run in done[5:]] == [(1e-3, 3)]
-    text = tables.markdown(study.read_rows(rows))
+    text = tables.markdown(read_rows(rows))
     assert "| qlora-32 | LoRA r=32 on q, k, v, up, down | 7 | 0.001 | 3 | 50.0 (" in text
-    tables.draw(study.read_rows(rows), tmp_path / "picture.png")
+    tables.draw(read_rows(rows), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         study.main([*options, "--methods", "lora"])
     with pytest.raises(SystemExit):
         study.main([*options, "--methods", "qlora-32", "--dtype", "float32"])
-    assert f"{rows} has rows of epochs 1, dtype bfloat16" in capsys.readouterr().err
+    assert f"{rows}: expected rows of the same dtype" in capsys.readouterr().err
+    with held(rows), pytest.raises(SystemExit):
+        study.main([*options, "--methods", "qlora-32"])
+    assert "another study adds rows to it" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(
+    tmp_path: Path, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(run: Run, base: Base, task: Any) -> dict[str, Any]:
+        if run.rate == LORA[1]:
+            raise RuntimeError("out of memory")
+        return {**dataclasses.asdict(run), "loss": 1.0}
+
+    monkeypatch.setattr(study, "execute", fail)
+    monkeypatch.setattr(study, "load_task", lambda name, path: load_task(name, path, validation=10, test=12))
+    rows = tmp_path / "rows.jsonl"
+    options = ["--base", str(folder), "--data", str(data), "--rows", str(rows), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        study.main([*options, "--tasks", "wikihow", "--methods", "qlora-32"])
+    assert stop.value.code == 1
+    assert [row["rate"] for row in read_rows(rows)] == [0.0, 0.0, LORA[0], LORA[2]]
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+    for wrong in (["--base", "nowhere"], ["--data", "nowhere"], ["--workers", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            study.main([*options, *wrong])
+        assert stop.value.code == 2
+
+
+# ---- rows
+
+
+def test_rates_are_tried_until_the_best_stands_between_worse_ones() -> None:
+    def rows(**losses: float) -> list[dict[str, Any]]:
+        common = {"task": "t", "method": "qlora-32", "split": "validation", "seed": 0}
+        return [{**common, "rate": float(rate), "loss": loss} for rate, loss in losses.items()]
+
+    assert next_rates([], "t", "qlora-32") == ([3e-4, 1e-3, 3e-3], None)
+    inside = {"3e-4": 2.0, "1e-3": 1.0, "3e-3": 2.0}
+    assert next_rates(rows(**inside), "t", "qlora-32") == ([], 1e-3)
+    assert next_rates(rows(**inside), "t", "moka-paper")[1] is None
+    rising = inside | {"3e-3": 0.5}
+    (found,), chosen = next_rates(rows(**rising), "t", "qlora-32")
+    assert (found, chosen) == (pytest.approx(1e-2), None)
+    assert found in LADDER
+    assert next_rates(rows(**rising | {repr(found): 0.4}), "t", "qlora-32")[0] == [pytest.approx(3e-2)]
+    assert next_rates(rows(**rising | {repr(found): float("nan")}), "t", "qlora-32") == ([], 3e-3)
+    assert next_rates(rows(**rising | {repr(found): 0.4, "3e-2": 0.3}), "t", "qlora-32") == ([], 3e-2), "five tries"
+    (found,), _ = next_rates(rows(**inside | {"3e-4": 0.5}), "t", "qlora-32")
+    assert found == pytest.approx(1e-4)
+
+
+def test_a_row_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"task": "t", "method": "m", "split": "test", "rate": 1.0, "seed": 1}
+    append_row(path, row)
+    with path.open("a") as file:
+        file.write('{"task": "t", "met')
+    assert read_rows(path) == [row]
+    append_row(path, row | {"seed": 2})
+    assert read_rows(path) == [row, row | {"seed": 2}]
+    append_row(path, row)
+    with pytest.raises(DataError, match=r"expected a row a run; .*'seed': 1} has several"):
+        read_rows(path)
+    path.write_text("{\n{}\n")
+    with pytest.raises(DataError, match="line 1: expected a row in JSON"):
+        read_rows(path)
 
 
 @pytest.mark.slow  # two processes that import PyTorch
@@ -268,7 +348,7 @@ def test_workers_give_the_rows_of_one(tmp_path: Path, folder: Path) -> None:
         rows = tmp_path / f"{workers}.jsonl"
         options = ["--base", str(folder), "--data", str(tmp_path), "--rows", str(rows), "--workers", str(workers)]
         study.main([*options, "--tasks", "wikihow", "--methods", "moka-paper", "--seeds", "1", "--device", "cpu"])
-        found.append({(row["method"], row["rate"], row["split"]): row for row in study.read_rows(rows)})
+        found.append({(row["method"], row["rate"], row["split"]): row for row in read_rows(rows)})
     assert found[0].keys() == found[1].keys()
     assert len(found[0]) == 2 + 3 + 1
     for key, row in found[0].items():

@@ -3,6 +3,6 @@
     python -m benchmarks.accuracy.study --base report/base --data ../shared/data
 
 `tasks` reads and splits the data, `scoring` is the likelihood of answers, `methods` names the adapters, `training` is
-one run, `study` the queue of runs, a row a run in a file of JSON lines, and `tables` what is made of the rows.
+one run, `study` the queue of runs, `rows` their file, a JSON line a run, and `tables` what is made of the rows.
 `harness_task` writes a test split for lm-evaluation-harness.
 """

@@ -14,8 +14,9 @@ from moka_torch import MokaConfig
 
 WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # of the paper's baseline
 NARROW = ["q_proj", "v_proj"]  # of the preset `paper`
-# Three tries each, about a method's likely best: the outputs' first steps, from shapes and initialisation, are 2 to 3
-# times larger for LoRA with alpha = 2r than for a mixture whose gates sum to 1.
+DROPOUT = 0.1  # of the inputs, for LoRA, DoRA and every MoKA, as in the preset `paper`; PEFT's LoKr has none
+# The first three tries; `rows.next_rates` goes on from there. The outputs' first steps, from shapes and initialisation,
+# are 2 to 3 times larger for LoRA with alpha = 2r than for a mixture whose gates sum to 1.
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 MOKA_RATES = (3e-3, 1e-2, 3e-2)
 BLOCK_RATES = (1e-3, 3e-3, 1e-2)
@@ -28,7 +29,7 @@ class Method:
     Args:
         about: what it is, for the table.
         config: PEFT's config of it on a model of that architecture.
-        rates: the learning rates to try, as many for each method.
+        rates: the learning rates to try first, three for each method.
         gate_rate: the learning rate of the gates' logits, in learning rates.
     """
 
@@ -39,7 +40,9 @@ class Method:
 
 
 def _lora(rank: int, targets: list[str], **options: Any) -> Callable[[Architecture], PeftConfig]:
-    return lambda model: LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, **options)
+    return lambda model: LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=DROPOUT, target_modules=targets, **options
+    )
 
 
 def _lokr(rank: int, factor: int) -> Callable[[Architecture], PeftConfig]:

@@ -52,7 +52,8 @@ class Scores:
         """The choice of the largest log-likelihood, by character or not, of every question; the first of equals."""
         picks = []
         for values, sizes in zip(self.log_likelihoods, self.characters, strict=True):
-            scaled = [value / size if normalised else value for value, size in zip(values, sizes, strict=True)]
+            known = [value if math.isfinite(value) else -math.inf for value in values]  # of a run that diverged
+            scaled = [value / size if normalised else value for value, size in zip(known, sizes, strict=True)]
             picks.append(scaled.index(max(scaled)))
         return picks
 

@@ -2,23 +2,25 @@
 
     python -m benchmarks.accuracy.study --base report/base --data ../shared/data --minutes 120
 
-Every method has as many tries: its three learning rates, with seed 0, scored on the validation split. The one of the
-least loss of the right answers there is trained again with the seeds 1, 2, … and scored on the test split, which
-nothing was chosen by. What has a row in `--rows` is not run again, so the study goes on where it was stopped;
-no run is begun after `--minutes`. On a CPU two `--workers` of one core each are faster than one of two.
-`python -m benchmarks.accuracy.tables` makes the table and the picture.
+Learning rates are tried with seed 0 and scored on the validation split, by one rule for all methods
+(`benchmarks.accuracy.rows.next_rates`). The one of the least loss of the right answers there is trained again with the
+seeds 1, 2, … and scored on the test split, which nothing was chosen by. What has a row in `--rows` is not run again, so
+the study goes on where it was stopped; no run is begun after `--minutes`. On a CPU two `--workers` of one core each are
+faster than one of two. `python -m benchmarks.accuracy.tables` makes the table and the picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.thread import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -27,14 +29,12 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.rows import BASE, ROWS, Rows, append_row, held, next_rates, read_rows
 from benchmarks.accuracy.tasks import TASKS, load_task
 from benchmarks.accuracy.training import Base, Run, execute, figures
-from benchmarks.harness import RESULTS, environment, note
-
-ROWS = RESULTS / "accuracy_smollm2-135m.jsonl"
-BASE = "base"  # the method of the rows of the model without an adapter
-SETTING = ("epochs", "dtype")  # the same in every row of a file
-Rows = Sequence[dict[str, Any]]
+from benchmarks.harness import environment, note
+from conversion import open_base
+from moka_core import Architecture, MokaError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,24 +56,86 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown += [name for name in arguments.methods if name not in METHODS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; tasks: {', '.join(TASKS)}; methods: {', '.join(METHODS)}")
-    for row in read_rows(arguments.rows):
-        if any(row[name] != getattr(arguments, name) for name in SETTING):
-            parser.error(f"{arguments.rows} has rows of {', '.join(f'{name} {row[name]}' for name in SETTING)}")
+    if arguments.workers < 1:
+        parser.error(f"--workers: expected at least 1; got {arguments.workers}")
+    try:
+        with held(arguments.rows):
+            failed = _study(arguments)
+    except MokaError as error:
+        parser.error(str(error))
+    if failed:
+        raise SystemExit(1)
+
+
+def _study(arguments: argparse.Namespace) -> list[Run]:
+    """Run what is missing; the runs that failed."""
     began, machine = time.monotonic(), _machine(arguments)
+    marks = _marks(arguments)
+    _check_marks(read_rows(arguments.rows), marks, arguments.rows)
     flying: dict[Future[dict[str, Any]], Run] = {}
+    failed: list[Run] = []
     with _pool(arguments) as pool:
         while True:
             if time.monotonic() - began <= 60 * arguments.minutes:
-                runs = (run for run in missing(read_rows(arguments.rows), arguments) if run not in flying.values())
+                taken = [*flying.values(), *failed]
+                runs = (run for run in missing(read_rows(arguments.rows), arguments) if run not in taken)
                 for run in itertools.islice(runs, arguments.workers - len(flying)):
                     flying[pool.submit(_work, run)] = run
             if not flying:
                 break
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                del flying[future]
-                _append(arguments.rows, future.result(), machine)
+                run, error = flying.pop(future), future.exception()
+                if error is None:
+                    row = {**future.result(), "made": marks[run.task, run.method], **machine}
+                    append_row(arguments.rows, row)
+                    _tell(row)
+                elif isinstance(error, BrokenExecutor):
+                    raise error
+                else:
+                    failed.append(run)
+                    note(f"FAILED {run}: {type(error).__name__}: {error}")
     left = next(missing(read_rows(arguments.rows), arguments), None)
     note("every run has its row" if left is None else f"stopped before {left}; the same command goes on")
+    return failed
+
+
+def _marks(arguments: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
+    """What decides the rows of a task and a method beside what `Run` says: of each row, as `made`."""
+    base = open_base(arguments.base, quantise="none")
+    architecture = Architecture.from_hf_config(base.config)
+    common = {name: getattr(arguments, name) for name in ("dtype", "device")} | {"base": _digest(base.fingerprint)}
+    found = {}
+    for task in arguments.tasks:
+        data = _digest(asdict(load_task(task, arguments.data)))
+        for method in [BASE, *arguments.methods]:
+            config = None
+            if method != BASE:
+                config = {**METHODS[method].config(architecture).to_dict(), "gates": METHODS[method].gate_rate}
+            found[task, method] = {**common, "data": data, "method": _digest(config)}
+    return found
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(
+        value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, set) else str(other)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _check_marks(rows: Rows, marks: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
+    """Refuse to add to rows that were made of something else.
+
+    Raises:
+        MokaError: some were.
+    """
+    for row in rows:
+        mark = marks.get((row["task"], row["method"]), row["made"])
+        other = [name for name, value in mark.items() if row["made"].get(name) != value]
+        if other:
+            raise MokaError(
+                f"{path}: expected rows of the same {' and '.join(other)}; that of {row['method']} on {row['task']} is "
+                "of another; give another --rows, or remove such rows to run them again"
+            )
 
 
 _bench: dict[str, Any] = {}  # what a worker holds: the base and the tasks
@@ -105,45 +167,24 @@ def missing(rows: Rows, arguments: argparse.Namespace) -> Iterator[Run]:
     """The runs that have no row yet, in order; a test's only once its learning rate is known."""
     names = [field.name for field in fields(Run)]
     done = {tuple(row[name] for name in names) for row in rows}
-    setting = {name: getattr(arguments, name) for name in SETTING}
+    make = partial(Run, epochs=arguments.epochs, dtype=arguments.dtype)
     runs = [
-        Run(task=task, method=BASE, rate=0.0, seed=0, split=split, **setting)
+        make(task=task, method=BASE, rate=0.0, seed=0, split=split)
         for task, split in itertools.product(arguments.tasks, ("validation", "test"))
     ]
     for method, task in itertools.product(arguments.methods, arguments.tasks):
-        run = partial(Run, task=task, method=method, **setting)
-        runs += [run(rate=rate, seed=0, split="validation") for rate in METHODS[method].rates]
-        found = chosen_rate(rows, task, method)
+        rates, found = next_rates(rows, task, method)
+        runs += [make(task=task, method=method, rate=rate, seed=0, split="validation") for rate in rates]
         if found is not None:
-            runs += [run(rate=found, seed=seed, split="test") for seed in range(1, arguments.seeds + 1)]
+            seeds = range(1, arguments.seeds + 1)
+            runs += [make(task=task, method=method, rate=found, seed=seed, split="test") for seed in seeds]
     yield from (one for one in runs if tuple(asdict(one).values()) not in done)
 
 
-def chosen_rate(rows: Rows, task: str, method: str) -> float | None:
-    """The learning rate of the least validation loss; None until every one was tried."""
-    tried = {
-        row["rate"]: row["loss"]
-        for row in rows
-        if (row["task"], row["method"], row["split"], row["seed"]) == (task, method, "validation", 0)
-    }
-    if not set(METHODS[method].rates) <= set(tried):
-        return None
-    return min(METHODS[method].rates, key=lambda rate: tried[rate])
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows so far; none if there is no file yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _append(path: Path, row: dict[str, Any], machine: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, **machine}) + "\n")
+def _tell(row: dict[str, Any]) -> None:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-    note(" ".join(f"{key}={value}" for key, value in shown.items() if not key.endswith("_each")))
+    hidden = ("made", "hardware", "commit", "versions")
+    note(" ".join(f"{key}={value}" for key, value in shown.items() if not key.endswith("_each") and key not in hidden))
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:

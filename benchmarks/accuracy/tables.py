@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.study import BASE, ROWS, chosen_rate, read_rows
+from benchmarks.accuracy.rows import BASE, ROWS, next_rates, read_rows
 from benchmarks.harness import note, table
 
 REFERENCE = "qlora-32"
@@ -50,7 +50,7 @@ def markdown(rows: Rows) -> str:
 
 def test_rows(rows: Rows, task: str, method: str) -> list[Mapping[str, Any]]:
     """The rows of a method's test, by seed, at the learning rate that validation chose."""
-    rate = chosen_rate(rows, task, method)  # type: ignore[arg-type]
+    _, rate = next_rates(rows, task, method)  # type: ignore[arg-type]
     found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "test")]
     return sorted((row for row in found if row["rate"] == rate), key=lambda row: row["seed"])
 

@@ -64,7 +64,8 @@ def _claim(text: str) -> str:
 
 
 def _goal(text: str) -> str:
-    return _question(f"What is the most reasonable step of {text.removeprefix('The most reasonable step of ')}?")
+    goal = text.removeprefix("The most reasonable step of ").removesuffix(" is")
+    return _question(f"What is the most reasonable step of {goal}?")
 
 
 TASKS = {
@@ -128,7 +129,8 @@ def read_questions(path: Path, ask: Callable[[str], str], about: Callable[[str],
             one, one that stands twice, or an empty input; every one is named by its number.
     """
     try:
-        examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
+        text = path.read_text(encoding="utf-8")
+        examples = json.loads(text, object_pairs_hook=_distinct)["examples"]
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; --data is the folder of the accuracy study's files") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -144,6 +146,14 @@ def read_questions(path: Path, ask: Callable[[str], str], about: Callable[[str],
     if problems:
         raise DataError(f"{path}: {len(problems)} questions cannot be asked:\n  " + "\n  ".join(problems))
     return questions
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; what stands twice is kept as a key that `_read` refuses."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found[key + " " if key in found else key] = value
+    return found
 
 
 def _read(example: Any, ask: Callable[[str], str], about: Callable[[str], str]) -> Question:
