@@ -162,7 +162,8 @@ def ask(
     """The tasks, checked; what is to be said of them; and the tokenizer. No weight is read."""
     from transformers import AutoConfig
 
-    from moka_cli.eval_tasks import Limits, Reader, check_tasks, load_tasks
+    from moka_cli.eval_checks import Limits, check_tasks
+    from moka_cli.eval_tasks import Reader, load_tasks
     from moka_cli.train import load_tokenizer
 
     tokenizer = load_tokenizer(base)
@@ -244,7 +245,7 @@ def evaluate(
     """
     from lm_eval import evaluator
 
-    from moka_cli.eval_tasks import SEED
+    from moka_cli.eval_checks import SEED
 
     random.seed(0)
     np.random.seed(SEED)

@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
+from moka_core import ModelError
 from moka_torch.probe import load_base
 from moka_torch.tuner import register
 
@@ -37,10 +38,17 @@ def load_lm(
     Raises:
         AdapterError: the adapter belongs to another base.
         ConfigError: another word for `quantise`.
+        ModelError: the model's logits are not finite.
     """
     register()
     model: Any = load_base(base, quantise=quantise, device="cuda" if torch.cuda.is_available() else "cpu")
     if adapter is not None:
         options: dict[str, Any] = {"allow_other_base": True} if allow_other_base else {}
         model = PeftModel.from_pretrained(model, str(adapter), **options).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[tokenizer.eos_token_id]], device=model.device)).logits
+    if not logits.isfinite().all():
+        raise ModelError(
+            f"{base}: the model's logits are not finite; its weights or its adapter may hold NaN or infinite entries"
+        )
     return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)

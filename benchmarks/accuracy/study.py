@@ -159,7 +159,10 @@ def _open(arguments: argparse.Namespace) -> None:
 def _work(run: Run) -> dict[str, Any]:
     base, task = _bench["base"], _bench["tasks"][run.task]
     if run.method == BASE:
-        return {**asdict(run), **figures(base.score(task.split(run.split)))}
+        questions = task.split(run.split)
+        sources = sorted({question.source for question in questions})
+        row = {**asdict(run), "sources": [sources.index(question.source) for question in questions]}
+        return {**row, **figures(base.score(questions))}
     return execute(run, base, task)
 
 
@@ -183,7 +186,7 @@ def missing(rows: Rows, arguments: argparse.Namespace) -> Iterator[Run]:
 
 def _tell(row: dict[str, Any]) -> None:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-    hidden = ("made", "hardware", "commit", "versions")
+    hidden = ("sources", "made", "hardware", "commit", "versions")
     note(" ".join(f"{key}={value}" for key, value in shown.items() if not key.endswith("_each") and key not in hidden))
 
 

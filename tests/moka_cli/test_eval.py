@@ -14,11 +14,13 @@ import pytest
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from safetensors.numpy import load_file, save_file
 
 import moka_cli.eval_tasks
 from conversion import open_base, save_adapter
 from moka_cli.eval import SETS, chosen, evaluate, flax_lm
-from moka_cli.eval_tasks import Limits, Reader, check_tasks, load_tasks
+from moka_cli.eval_checks import Limits, check_tasks
+from moka_cli.eval_tasks import Reader, load_tasks
 from moka_cli.main import main
 from moka_core import ConfigError, DataError, ModelError, MokaConfig, MokaError
 from tests.moka_jax.train_toys import make_tokenizer
@@ -287,10 +289,64 @@ def test_equal_choices_are_told(tmp_path):
 
 
 def test_a_question_among_its_own_examples_is_told(tmp_path):
-    (note,) = check(task(tmp_path, "own", questions(4)), shots=1)
-    assert note.startswith("own: its examples are drawn from the questions that are asked")
-    assert check(task(tmp_path, "own", questions(4))) == []
-    assert check(task(tmp_path, "named", questions(4), fewshot_split="test"), shots=1) == []
+    samples = {"sampler": "first_n", "samples": questions(4)}
+    for name, settings in (
+        ("own", {}),
+        ("train", {"training_split": "test"}),
+        ("twin", {"test_split": None, "validation_split": "test", "fewshot_split": "test"}),
+        ("given", {"fewshot_config": samples}),
+    ):
+        (note,) = check(task(tmp_path, name, questions(4), **settings), shots=3)
+        assert re.match(rf"{name}: [1-4] of its questions stand among their own examples, with their answers", note)
+        assert check(task(tmp_path, name, questions(4), **settings)) == []
+    assert check(task(tmp_path, "named", questions(4), fewshot_split="test"), shots=3) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": -1}, r"example 0, 'Q: .*: expected a right answer, its number from 0 to 2 .*; got -1"),
+        ({"label": None}, "example 0, 'Q: .*: expected a right answer; it has none"),
+        ({"choices": ["a", " ", "c"]}, "example 0, 'Q: .*: expected choices that are not empty"),
+    ],
+)
+def test_an_example_that_teaches_nothing_right_is_named(tmp_path, change, message):
+    examples = [{**row, **change} for row in questions(2, seed=1)]
+    file = task(tmp_path, "bad", questions(3), fewshot_config={"sampler": "first_n", "samples": examples})
+    with pytest.raises(DataError, match=message):
+        check(file, shots=1)
+    assert check(file) == []
+
+
+def test_answers_that_are_blank_and_columns_without_a_value(tmp_path):
+    plain = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"max_gen_toks": 4}}
+    rows = [{"q": "one", "label": "x"}, {"q": "two", "label": ""}]
+    for name, label in (("blank", ""), ("one_of", " ")):
+        with pytest.raises(DataError, match=r"document 1: expected a right answer that is not empty; got '"):
+            check(task(tmp_path, name, [rows[0], {"q": "two", "label": label}], **plain))
+    with pytest.raises(DataError, match=r"doc_to_target: expected a column of the data \(q, label\).*got 'lable'"):
+        check(task(tmp_path, "typo", rows, **plain | {"doc_to_target": "lable"}))
+    with pytest.raises(DataError, match="document 1: expected a text in q; got null"):
+        check(task(tmp_path, "null", [rows[0], {"q": None, "label": "x"}], **plain | {"doc_to_text": "Q: {{q}}"}))
+    with pytest.raises(DataError, match="document 1: expected a text in label; got null"):
+        check(task(tmp_path, "none", [rows[0], {"q": "two", "label": None}], **plain | {"doc_to_target": "{{label}}"}))
+
+
+def test_what_cannot_be_scored_is_told_before_a_model_is_read(tmp_path):
+    rows, f1 = questions(3), [{"metric": "f1", "aggregation": "f1"}]
+    for name, labels, metrics, message in (
+        ("texts", [[row["choices"][0]] for row in rows], None, "document 0: TypeError"),
+        ("mixed", [[0, 1], 1, 1], None, "document 1: TypeError"),
+        ("classes", range(3), f1, "all documents: ValueError: Target is multiclass"),
+    ):
+        labelled = [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
+        file = task(tmp_path, name, labelled, metric_list=metrics)
+        with pytest.raises(DataError, match=f"{name}: lm-eval cannot score the answers, {message}"):
+            check(file)
+    with pytest.raises(ConfigError, match="other: metric_list: multiple_choice has none of perplexity"):
+        check(task(tmp_path, "other", questions(2), metric_list=[{"metric": "perplexity"}]))
+    (note,) = check(task(tmp_path, "alone", [{"q": "one?", "choices": ["a"], "label": 0}]))
+    assert note == "alone: document 0: it has one choice only"
 
 
 def test_prompts_and_their_settings(tmp_path):
@@ -416,3 +472,13 @@ def test_figures_that_are_not_finite_are_refused(base, tasks):
     monkey.loglikelihood = lambda requests, **_: [(float("nan"), False)] * len(requests)
     with pytest.raises(ModelError, match="pick: document 0: a log-likelihood is not finite"):
         evaluate(reader, loaded, limit=2, chat=False, tell=print)
+
+
+def test_a_base_that_is_not_finite_is_refused_in_both_backends(base, tasks, tmp_path, capsys):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    for backend, message in (("torch", "logits are not finite"), ("jax", "expected finite numbers")):
+        assert call("eval", "--base", folder, "--tasks", tasks[1], "--backend", backend) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
