@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy.tables
 
 Intervals are 95 % percentiles of a bootstrap that draws seeds and the questions' sources: what other seeds and another
-test of the same kind would give. A difference is taken question by question against `REFERENCE`, so that what is hard for both
-does not count. Results: results/accuracy_smollm2-135m.md, docs/accuracy.png
+test of the same kind would give. A difference is taken question by question against `REFERENCE`, so that what is hard
+for both does not count. Results: results/accuracy_smollm2-135m.md, docs/accuracy.png
 """
 
 from __future__ import annotations
