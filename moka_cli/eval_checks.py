@@ -102,7 +102,7 @@ def _examples(task: Any) -> str:
 def field_problems(task: Any) -> list[str]:
     """Which fields of a task name no column of its data: lm-eval takes such a name as the text of every question."""
     problems = []
-    columns = next(iter(task.task_docs), {}) if hasattr(task, "task_docs") else {}
+    columns: dict[str, Any] = next(iter(task.task_docs), {}) if hasattr(task, "task_docs") else {}
     keys = ["doc_to_text", "doc_to_choice"]
     if task.config.doc_to_choice is None and task.config.process_results is None:
         keys.append("doc_to_target")  # of choices it may be the right one's text
