@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from moka_cli.figures import check_json, finite, text_console, write_json
+from moka_cli.figures import TOLD_EVERY, check_json, finite, text_console, write_json
 from moka_core import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ COMMONSENSE = (
 )
 SETS: dict[str, tuple[tuple[str, ...], int | None]] = {"commonsense": (COMMONSENSE, None), "mmlu": (("mmlu",), 5)}
 BOOTSTRAPS = 1000
-TOLD_EVERY = 10.0  # seconds, without a terminal
 
 
 def run_eval(

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+TOLD_EVERY = 10.0  # seconds between lines of progress, without a terminal
+
 
 def is_standard_output(file: Path | None) -> bool:
     """Whether the JSON goes to standard output, so that nothing else may."""

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from moka_cli.figures import check_json, text_console, write_json
+from moka_cli.figures import TOLD_EVERY, check_json, text_console, write_json
 from moka_cli.params import parse_settings
 from moka_core import (
     Adapter,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from conversion.nearest import Nearest
 
 _SHOWN = 8
-# Seconds between two lines of progress where there is no terminal.
-TOLD_EVERY = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -411,10 +411,12 @@ class TrainConfig:
         Raises:
             ConfigError: a key is unknown (the nearest name is given) or missing, or a value is invalid.
         """
-        values = {"optimiser": {}, **named_values(values, where="config")}
+        values = named_values(values, where="config")
+        adapter = AdapterSettings.from_dict(values.get("adapter", {}))
+        if adapter.learning_rate is not None:
+            values = {"optimiser": {}, **values}
         arguments = constructor_arguments(cls, values, where="config")
         arguments["data"] = DataConfig.from_dict(arguments["data"])
-        adapter = AdapterSettings.from_dict(arguments.get("adapter", {}))
         optimiser = named_values(arguments["optimiser"], where="optimiser")
         if adapter.learning_rate is not None and optimiser.get("name", "adamw") == "adamw":
             optimiser = {"learning_rate": adapter.learning_rate, **optimiser}

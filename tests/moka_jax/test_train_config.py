@@ -13,7 +13,7 @@ import pytest
 
 import moka_jax.train.overrides
 import moka_jax.train.stopping
-from moka_core import ConfigError
+from moka_core import PRESETS, ConfigError
 from moka_jax.train import (
     EarlyStopping,
     OptimiserConfig,
@@ -298,3 +298,21 @@ def test_how_the_adapter_is_computed_is_no_part_of_what_a_run_means() -> None:
     plain, merged, other = (TrainConfig.from_dict(values(adapter=adapter)).meaning() for adapter in settings)
     assert plain == merged
     assert plain != other
+
+
+def test_a_run_takes_the_learning_rate_of_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(optimiser: dict[str, Any] | None, **adapter: Any) -> float:
+        settings = {
+            key: value for key, value in values(adapter=adapter, optimiser=optimiser).items() if value is not None
+        }
+        return TrainConfig.from_dict(settings).optimiser.learning_rate
+
+    tuned = dataclasses.replace(PRESETS["paper"], learning_rate=0.0123)
+    monkeypatch.setitem(PRESETS, "paper", tuned)
+    assert rate(None) == rate({}) == rate({"warmup_steps": 2}, r=4) == 0.0123
+    assert rate({"learning_rate": 1.0}) == 1.0
+    for optimiser, adapter in (({"name": "lion"}, {}), ({}, {"scale": 4.0}), ({}, {"preset": "paper-s"})):
+        with pytest.raises(ConfigError, match="optimiser: missing learning_rate"):
+            rate(optimiser, **adapter)
+    with pytest.raises(ConfigError, match="config: missing optimiser"):
+        rate(None, start="folder")
