@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,9 @@ def check_tasks(
         for document, problem in _request_problems(name, task, reader, limits):
             found.setdefault(document, f"document {document}: {problem}")
         refuse(name, list(found.values()), shots=bool(task.get_config("num_fewshot")))
-        refuse(name, _example_problems(task, drawn))
-        before = _stand_before_themselves(task, drawn)
+        examples = {id(example): _as_example(task, example) for _, some in drawn for example in some}
+        refuse(name, _example_problems(task, examples.values()))
+        before = _stand_before_themselves(task, drawn, examples)
         if before:
             notes.append(
                 f"{name}: {before} of its questions stand among their own examples, with their answers; name a "
@@ -143,33 +144,33 @@ def _examples_drawn(task: Any) -> Iterator[list[tuple[Any, list[Any]]]]:
 
 
 def _as_example(task: Any, document: Any) -> tuple[Any, Any, Any]:
-    """(text, choices or None, answer) of a document as an example."""
+    """(text, choices or None, answer) of a document as an example of a task in YAML, which alone has such."""
     own = task.fewshot_cfg
     choices = task.doc_to_choice(document, own.doc_to_choice) if own.doc_to_choice else None
     return task.doc_to_text(document, own.doc_to_text), choices, task.doc_to_target(document, own.doc_to_target)
 
 
-def _example_problems(task: Any, drawn: list[tuple[Any, list[Any]]]) -> list[str]:
+def _example_problems(task: Any, examples: Iterable[tuple[Any, Any, Any]]) -> list[str]:
     """What is wrong with examples: lm-eval takes -1 as the last choice, and writes no answer where there is none."""
-    if not hasattr(task, "doc_to_choice"):
-        return []
     problems = []
-    for number, example in enumerate(example for _, examples in drawn for example in examples):
-        text, choices, target = _as_example(task, example)
+    for number, (text, choices, target) in enumerate(examples):
         problem = _choice_problem(choices) if choices is not None else None
-        chosen = task.OUTPUT_TYPE == "multiple_choice" and not isinstance(text, int)
-        problem = problem or _target_problem(text if isinstance(text, int) else target, choices, chosen=chosen)
+        if problem is None and task.config.process_results is None:
+            chosen = task.OUTPUT_TYPE == "multiple_choice" and not isinstance(text, int)
+            problem = _target_problem(text if isinstance(text, int) else target, choices, chosen=chosen)
         if problem:
             problems.append(f"example {number}, {str(text)!r:.40}: {problem}")
-    return sorted(set(problems), key=problems.index)
+    return problems
 
 
-def _stand_before_themselves(task: Any, drawn: list[tuple[Any, list[Any]]]) -> int:
+def _stand_before_themselves(
+    task: Any, drawn: list[tuple[Any, list[Any]]], examples: Mapping[int, tuple[Any, Any, Any]]
+) -> int:
     """Of how many questions an example has the same text and answer."""
     count = 0
-    for document, examples in drawn:
+    for document, some in drawn:
         own = repr((task.doc_to_text(document), task.doc_to_target(document)))
-        texts = [_as_example(task, example) for example in examples]
+        texts = [examples[id(example)] for example in some]
         count += own in [repr((text, target)) for text, _, target in texts]
     return count
 

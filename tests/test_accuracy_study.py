@@ -385,7 +385,7 @@ def test_a_difference_does_not_count_what_is_hard_for_both() -> None:
     other = np.stack([hard ^ (rng.random(400) < 0.02) for _ in range(3)]).astype(int)
     mean, low, high = interval(one, other)
     assert low < 0 < high
-    assert high - low < 0.04
+    assert high - low < 0.05  # measured: 0.046, with the seeds' spread widened; alone 0.1
     alone = interval(one)
     assert alone[2] - alone[1] > 2 * (high - low)
     assert mean == pytest.approx(one.mean() - other.mean())
