@@ -271,6 +271,9 @@ def test_what_was_run_is_not_run_again_and_the_test_is_of_the_best_rate(
     with pytest.raises(SystemExit):
         study.main([*options, "--methods", "qlora-32", "--dtype", "float32"])
     assert f"{rows}: expected rows of the same dtype" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main([*options, "--methods", "qlora-32", "--epochs", "2"])
+    assert f"{rows}: expected rows of the same epochs" in capsys.readouterr().err
     with held(rows), pytest.raises(SystemExit):
         study.main([*options, "--methods", "qlora-32"])
     assert "another study adds rows to it" in capsys.readouterr().err

@@ -103,7 +103,9 @@ def _marks(arguments: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any
     """What decides the rows of a task and a method beside what `Run` says: of each row, as `made`."""
     base = open_base(arguments.base, quantise="none")
     architecture = Architecture.from_hf_config(base.config)
-    common = {name: getattr(arguments, name) for name in ("dtype", "device")} | {"base": _digest(base.fingerprint)}
+    common = {name: getattr(arguments, name) for name in ("dtype", "device", "epochs")} | {
+        "base": _digest(base.fingerprint)
+    }
     found = {}
     for task in arguments.tasks:
         data = _digest(asdict(load_task(task, arguments.data)))
@@ -129,8 +131,9 @@ def _check_marks(rows: Rows, marks: dict[tuple[str, str], dict[str, Any]], path:
         MokaError: some were.
     """
     for row in rows:
-        mark = marks.get((row["task"], row["method"]), row["made"])
-        other = [name for name, value in mark.items() if row["made"].get(name) != value]
+        made = {"epochs": row["epochs"], **row["made"]}
+        mark = marks.get((row["task"], row["method"]), made)
+        other = [name for name, value in mark.items() if made.get(name) != value]
         if other:
             raise MokaError(
                 f"{path}: expected rows of the same {' and '.join(other)}; that of {row['method']} on {row['task']} is "
