@@ -353,9 +353,9 @@ def test_workers_give_the_rows_of_one(tmp_path: Path, folder: Path) -> None:
         study.main([*options, "--tasks", "wikihow", "--methods", "moka-paper", "--seeds", "1", "--device", "cpu"])
         found.append({(row["method"], row["rate"], row["split"]): row for row in read_rows(rows)})
     assert found[0].keys() == found[1].keys()
-    assert len(found[0]) == 2 + 3 + 1
+    assert len(found[0]) == 2 + 5 + 1, "the largest rate stays the best, so there are five tries"
     for key, row in found[0].items():
-        assert row["loss"] == pytest.approx(found[1][key]["loss"], abs=0.02)  # bfloat16
+        assert row["loss"] == pytest.approx(found[1][key]["loss"], abs=2e-3)  # bfloat16; measured: 0
 
 
 # ---- intervals

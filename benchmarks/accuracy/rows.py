@@ -68,12 +68,11 @@ def held(path: Path) -> Iterator[None]:
         DataError: one is at it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path.with_suffix(".lock")).acquire(timeout=0)
     except Timeout:
         raise DataError(f"{path}: another study adds rows to it; wait for it, or give another --rows") from None
-    with lock:
+    with lock:  # it is let go at the end; entering does not take it once more
         yield
 
 
