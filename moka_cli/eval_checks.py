@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SEED = 1234  # of the few-shot examples, as lm-eval's own command has it
 SHOWN = 8
+_COLUMN = re.compile(r"\{\{\s*(\w+)\s*\}\}")  # a template's plain column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def check_tasks(
                 )
         except MokaError:
             raise
-        except Exception as error:  # see _load
+        except Exception as error:  # see `moka_cli.eval_tasks`
             raise DataError(
                 f"{name}: lm-eval cannot write its questions: {type(error).__name__}: {error}{_examples(task)}"
             ) from error
@@ -241,7 +242,7 @@ def document_problems(task: Any, limit: int | None) -> tuple[list[str], list[str
             choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
             target = task.doc_to_target(document)
             text = task.doc_to_text(document)
-        except Exception as error:  # noqa: BLE001  (see _load: whatever fails is told)
+        except Exception as error:  # noqa: BLE001  (whatever fails is told)
             problems.append(f"document {number}: {type(error).__name__}: {error}")
             continue
         texts.add(str(text))
@@ -277,23 +278,18 @@ def document_problems(task: Any, limit: int | None) -> tuple[list[str], list[str
 
 def _empty_column(config: Any, document: dict[str, Any]) -> str | None:
     """A column without a value that a field names, alone or as a plain {{column}}: lm-eval would write "None"."""
-    for field in (config.doc_to_text, config.doc_to_target):
-        if isinstance(field, str):
-            for column in [field, *re.findall(r"\{\{\s*(\w+)\s*\}\}", field)]:
-                if (
-                    column in document
-                    and document[column] is None
-                    and (field != config.doc_to_target or column != field)
-                ):
-                    return column
-    return None
+    fields = [field for field in (config.doc_to_text, config.doc_to_target) if isinstance(field, str)]
+    named = [column for field in fields for column in _COLUMN.findall(field)]
+    if isinstance(config.doc_to_text, str):  # a target without a value is told as a missing answer
+        named.insert(0, config.doc_to_text)
+    return next((column for column in named if column in document and document[column] is None), None)
 
 
 def _misread(field: Any, document: dict[str, Any], right: Any, choices: list[str]) -> bool:
     """Whether lm-eval made a number of a text: it does so of digits that a template gives, not of a column's."""
     if not isinstance(field, str) or not isinstance(right, int):
         return False
-    column = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", field)
+    column = _COLUMN.fullmatch(field)
     text = document.get(column[1]) if column else None
     return isinstance(text, str) and text in choices and choices[right] != text
 

@@ -103,10 +103,16 @@ def interval(
     return float(mean), float(low), float(high)
 
 
+def base_row(rows: Rows, task: str) -> Mapping[str, Any] | None:
+    """The row of the base alone on a task's test."""
+    found = (row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, "test"))
+    return next(found, None)
+
+
 def sources(rows: Rows, task: str) -> Sequence[int] | None:
     """Which questions of a task's test are about one thing, from the row of the base."""
-    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, "test")]
-    return found[0].get("sources") if found else None
+    found = base_row(rows, task)
+    return None if found is None else found.get("sources")
 
 
 def _setting(rows: Rows) -> str:
@@ -124,13 +130,13 @@ def _setting(rows: Rows) -> str:
 
 
 def _base_line(rows: Rows, task: str) -> str:
-    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, "test")]
-    if not found:
+    found = base_row(rows, task)
+    if found is None:
         return "The base alone has no row."
-    mean, low, high = interval(answered(found, "accuracy_norm"), sources=sources(rows, task))
+    mean, low, high = interval(answered([found], "accuracy_norm"), sources=sources(rows, task))
     return (
         f"The base alone: accuracy by character {_percent(mean, low, high)} %, plain "
-        f"{100 * found[0]['accuracy']:.1f} %, loss {found[0]['loss']:.3f}; {found[0]['questions']} questions."
+        f"{100 * found['accuracy']:.1f} %, loss {found['loss']:.3f}; {found['questions']} questions."
     )
 
 
@@ -200,9 +206,9 @@ def draw(rows: Rows, path: Path) -> None:
             size = own[0]["parameters"]
             axes.errorbar(size, mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
             axes.annotate(method, (size, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
-        for row in rows:
-            if (row["task"], row["method"], row["split"]) == (task, BASE, "test"):
-                axes.axhline(100 * row["accuracy_norm"], color="grey", linestyle="--", label="base alone")
+        base = base_row(rows, task)
+        if base is not None:
+            axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--", label="base alone")
         axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
