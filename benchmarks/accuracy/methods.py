@@ -20,6 +20,10 @@ DROPOUT = 0.1  # of the inputs, for LoRA, DoRA and every MoKA, as in the preset 
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 MOKA_RATES = (3e-3, 1e-2, 3e-2)
 BLOCK_RATES = (1e-3, 3e-3, 1e-2)
+# With `scale` s the zero factor moves s times as far a step as the other one, for its size: LoRA+'s two learning rates
+# (arXiv 2402.12354) in one number. The rates are those of plain MoKA, less about a decade.
+SCALE = 10.0
+SCALED_RATES = (1e-3, 3e-3, 1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,16 @@ METHODS = {
         about="MoKA r=3 on q, k, v, up, down: about as many parameters as `paper`",
         config=_moka(r=3, target_modules=tuple(WIDE)),
         rates=MOKA_RATES,
+    ),
+    "moka-wide-3-scale": Method(
+        about="MoKA r=3 on q, k, v, up, down, scale 10",
+        config=_moka(r=3, target_modules=tuple(WIDE), scale=SCALE),
+        rates=SCALED_RATES,
+    ),
+    "moka-wide-10-stable": Method(
+        about="MoKA r=10 on q, k, v, up, down, stable scaling, scale 30",
+        config=_moka(target_modules=tuple(WIDE), scaling="stable", scale=30.0),
+        rates=LORA_RATES,
     ),
     "moka-uniform": Method(about="MoKA `paper` with a uniform gate", config=_moka(gate="uniform"), rates=MOKA_RATES),
     "qlora-wide-3": Method(
