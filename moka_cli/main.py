@@ -326,7 +326,7 @@ def eval_(
 @app.command()
 def params(
     arch: Annotated[str, typer.Option(help="Name of an architecture (llama3-8b, …), or a model folder.")],
-    preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
+    preset: Annotated[str, typer.Option(help="Preset: recommended, paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
     explain: Annotated[bool, typer.Option(help="Say how each layer would be computed, and at what cost.")] = False,
     json_: JsonFile = None,
@@ -369,7 +369,7 @@ def import_(
     ],
     out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
     base: Annotated[Path, typer.Option(help="The base model's folder.")],
-    preset: Annotated[str, typer.Option(help="Preset: paper or paper-s.")] = "paper",
+    preset: Annotated[str, typer.Option(help="Preset: recommended, paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
     lora_terms: Annotated[
         int, typer.Option(help="Add so many terms (out x 1) ⊗ (1 x in); as many as a LoRA's rank hold it exactly.")

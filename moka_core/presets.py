@@ -12,6 +12,9 @@ from moka_core.config import MokaConfig, check_keys
 from moka_core.errors import ConfigError
 
 PAPER = MokaConfig()
+RECOMMENDED = MokaConfig(
+    r=3, scaling="stable", scale=30.0, target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +25,27 @@ class Preset:
         about: what it is.
         learning_rate: the peak of AdamW's learning rate that was best in docs/accuracy.md, on SmolLM2-135M; None if
             it was not tuned.
+        needs_model: whether its config depends on the model's architecture.
     """
 
     about: str
     learning_rate: float | None = None
+    needs_model: bool = False
 
 
 PRESETS: dict[str, Preset] = {
+    "recommended": Preset(
+        about="r = 3: three balanced shapes, softmax gate, stable scaling times 30, dropout 0.1, on q_proj, k_proj, "
+        "v_proj, up_proj and down_proj: as many parameters as `paper` (docs/accuracy.md)",
+    ),
     "paper": Preset(
         about="r = 10: five balanced shapes x 2 copies, softmax gate, dropout 0.1, on q_proj and v_proj "
         "(arXiv 2508.03527)"
     ),
     "paper-s": Preset(
         about="MoKA_s: blocks of about 4096 entries on the diagonal, r = 16 (8 with grouped-query attention); "
-        "a reconstruction from the paper's parameter totals, since its shape lists are not public"
+        "a reconstruction from the paper's parameter totals, since its shape lists are not public",
+        needs_model=True,
     ),
 }
 
@@ -44,7 +54,7 @@ def preset(name: str, model: Architecture | None = None, **overrides: Any) -> Mo
     """The config of a preset, fitted to a model.
 
     Args:
-        name: "paper" or "paper-s".
+        name: "recommended", "paper" or "paper-s".
         model: the architecture; "paper-s" needs it, since its r differs between LLaMA2 and LLaMA3.
         overrides: fields of `MokaConfig` to set otherwise.
 
@@ -55,7 +65,9 @@ def preset(name: str, model: Architecture | None = None, **overrides: Any) -> Mo
     10
     """
     check_keys(overrides, [field.name for field in dataclasses.fields(MokaConfig)], where="preset overrides")
-    if name == "paper":
+    if name == "recommended":
+        config = RECOMMENDED
+    elif name == "paper":
         config = PAPER
     elif name == "paper-s":
         if model is None:

@@ -61,6 +61,11 @@ def _moka(name: str = "paper", **changes: Any) -> Callable[[Architecture], PeftC
 METHODS = {
     "qlora-32": Method(about="LoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE), rates=LORA_RATES),
     "moka-paper": Method(about="MoKA, preset `paper`: r=10 on q, v", config=_moka(), rates=MOKA_RATES),
+    "moka-recommended": Method(
+        about="MoKA, preset `recommended`: r=3 on q, k, v, up, down, stable scaling, scale 30",
+        config=_moka("recommended"),
+        rates=LORA_RATES,
+    ),
     "moka-wide-3": Method(
         about="MoKA r=3 on q, k, v, up, down: about as many parameters as `paper`",
         config=_moka(r=3, target_modules=tuple(WIDE)),

@@ -199,8 +199,8 @@ def test_every_preset_that_is_listed_can_be_had() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("papre", {}, "unknown preset 'papre'; did you mean 'paper'? known: paper, paper-s"),
-        ("zzz", {}, "unknown preset 'zzz'; known: paper, paper-s"),
+        ("papre", {}, "unknown preset 'papre'; did you mean 'paper'? known: recommended, paper, paper-s"),
+        ("zzz", {}, "unknown preset 'zzz'; known: recommended, paper, paper-s"),
         ("paper", {"rr": 4}, "preset overrides: unknown 'rr' (did you mean 'r'?); known: r,"),
         ("paper", {"r": 0}, "r: expected a whole number >= 1; got 0"),
     ],

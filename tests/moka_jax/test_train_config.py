@@ -76,7 +76,7 @@ def test_a_rate_that_pyyaml_reads_as_text_is_a_number() -> None:
         ({"data": {"train": "t", "max_length": 1}}, "data.max_length: expected a whole number >= 2; got 1"),
         ({"data": {"train": "t", "chat_template": 1}}, "data.chat_template: expected one of True, False; got 1"),
         ({"adapter": {"rr": 1}}, "adapter: unknown 'rr' (did you mean 'r'?)"),
-        ({"adapter": {"preset": "papr"}}, "adapter.preset: expected one of paper, paper-s"),
+        ({"adapter": {"preset": "papr"}}, "adapter.preset: expected one of recommended, paper, paper-s"),
         ({"adapter": {"r": 0}}, "r: expected a whole number >= 1; got 0"),
         ({"adapter": {"preset": "paper-s", "gate": "hard"}}, "gate: expected one of softmax, uniform; got 'hard'"),
         ({"steps": 0}, "steps: expected a whole number >= 1; got 0"),
