@@ -36,11 +36,13 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "recommended": Preset(
         about="r = 3: three balanced shapes, softmax gate, stable scaling times 30, dropout 0.1, on q_proj, k_proj, "
-        "v_proj, up_proj and down_proj: as many parameters as `paper` (docs/accuracy.md)",
+        "v_proj, up_proj and down_proj: about as many parameters as `paper` (docs/choosing.md)",
+        learning_rate=3e-3,
     ),
     "paper": Preset(
         about="r = 10: five balanced shapes x 2 copies, softmax gate, dropout 0.1, on q_proj and v_proj "
-        "(arXiv 2508.03527)"
+        "(arXiv 2508.03527)",
+        learning_rate=3e-2,
     ),
     "paper-s": Preset(
         about="MoKA_s: blocks of about 4096 entries on the diagonal, r = 16 (8 with grouped-query attention); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -18,12 +19,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.accuracy import harness_task, study, tables
 from benchmarks.accuracy.harness_task import write_task
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.rows import LADDER, append_row, held, next_rates, read_rows
+from benchmarks.accuracy.rows import LADDER, ROWS, append_row, held, next_rates, read_rows
 from benchmarks.accuracy.scoring import Scores, answer_log_likelihoods, encode, score
 from benchmarks.accuracy.tables import interval
 from benchmarks.accuracy.tasks import TASKS, Question, load_task
 from benchmarks.accuracy.training import Base, Run, execute, train
-from moka_core import DataError, dequantise_nf4, quantise_nf4
+from moka_core import PRESETS, DataError, dequantise_nf4, quantise_nf4
 from tests.moka_jax.train_toys import make_tokenizer
 from tests.tiny import save_tiny_llama
 
@@ -323,6 +324,32 @@ def test_rates_are_tried_until_the_best_stands_between_worse_ones() -> None:
     assert next_rates(rows(**rising | {repr(found): 0.4, "3e-2": 0.3}), "t", "qlora-32") == ([], 3e-2), "five tries"
     (found,), _ = next_rates(rows(**inside | {"3e-4": 0.5}), "t", "qlora-32")
     assert found == pytest.approx(1e-4)
+
+
+def test_a_variant_is_tried_and_not_tested() -> None:
+    def left(method: str) -> list[Run]:
+        rows = [
+            {"task": "wikihow", "method": method, "split": "validation", "seed": 0, "rate": rate, "loss": loss}
+            | {"epochs": 1, "batch": 16, "dtype": "float32"}
+            for rate, loss in zip(METHODS[method].rates, (2.0, 1.0, 3.0), strict=True)
+        ]
+        options = argparse.Namespace(tasks=["wikihow"], methods=[method], seeds=2, epochs=1, dtype="float32")
+        return [run for run in study.missing(rows, options) if run.method == method]
+
+    assert not left("moka-wide-3")
+    assert [(run.split, run.seed) for run in left("moka-recommended")] == [("test", 1), ("test", 2)]
+
+
+@pytest.mark.parametrize(("name", "method"), [("paper", "moka-paper"), ("recommended", "moka-recommended")])
+def test_the_learning_rate_of_a_preset_is_the_best_of_the_study(name: str, method: str) -> None:
+    """The least mean over both tasks of the loss on validation, of the rates that were tried on both."""
+    tried: dict[float, list[float]] = {}
+    for row in read_rows(ROWS):
+        if (row["method"], row["split"]) == (method, "validation"):
+            tried.setdefault(row["rate"], []).append(row["loss"])
+    both = {rate: sum(losses) for rate, losses in tried.items() if len(losses) == 2}
+    assert len(both) >= 3
+    assert PRESETS[name].learning_rate == min(both, key=lambda rate: both[rate])
 
 
 def test_a_row_that_was_cut_off_is_run_again(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def missing(rows: Rows, arguments: argparse.Namespace) -> Iterator[Run]:
     for method, task in itertools.product(arguments.methods, arguments.tasks):
         rates, found = next_rates(rows, task, method)
         runs += [make(task=task, method=method, rate=rate, seed=0, split="validation") for rate in rates]
-        if found is not None:
+        if found is not None and METHODS[method].tested:
             seeds = range(1, arguments.seeds + 1)
             runs += [make(task=task, method=method, rate=found, seed=seed, split="test") for seed in seeds]
     yield from (one for one in runs if tuple(asdict(one).values()) not in done)
