@@ -18,7 +18,7 @@ from flax import nnx
 import moka_core
 from conversion import load_adapter, open_base, save_adapter
 from moka_cli.train import resolve_start
-from moka_core import Adapter, AdapterError, Architecture, ConfigError, MokaConfig
+from moka_core import Adapter, AdapterError, Architecture, ConfigError, MokaConfig, preset
 from moka_jax import import_adapter
 from moka_jax.llama import load_llama
 from moka_jax.train import AdapterSettings, TrainConfig, load_dataset, read_metrics
@@ -246,7 +246,7 @@ def test_the_commands_of_the_docs_work_as_written(base, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "report/base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = LoraConfig(r=2, target_modules=list(preset("recommended").target_modules), init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained("my-lora")
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])
     short = {"steps": 2, "batch_size": 1, "eval_every": 2, "optimiser": {"learning_rate": 5e-3}}
