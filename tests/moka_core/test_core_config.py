@@ -184,6 +184,20 @@ def test_the_paper_preset_is_the_papers_setting() -> None:
     )
 
 
+def test_the_recommended_preset_is_the_one_of_the_accuracy_study() -> None:
+    assert preset("recommended") == MokaConfig(
+        r=3,
+        num_shapes=5,
+        gate="softmax",
+        scaling="stable",
+        scale=30.0,
+        identity="none",
+        zero_factor="b",
+        dropout=0.1,
+        target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    )
+
+
 def test_paper_s_takes_its_terms_from_the_models_attention() -> None:
     assert preset("paper-s", architecture("llama2-7b")).r == 16
     assert preset("paper-s", architecture("llama3-8b")).r == 8
