@@ -9,7 +9,8 @@ from typing import Any
 
 from peft import LoKrConfig, LoraConfig, PeftConfig
 
-from moka_core import Architecture, preset
+from moka_core import Architecture, KronShape, ShapeGroup, plan_model, preset
+from moka_core.plan import matches
 from moka_torch import MokaConfig
 
 WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # of the paper's baseline
@@ -54,6 +55,20 @@ def _moka(name: str = "paper", **changes: Any) -> Callable[[Architecture], PeftC
     return lambda model: MokaConfig.from_core(dataclasses.replace(preset(name, model), **changes))
 
 
+def _with_a_lora_term(model: Architecture) -> PeftConfig:
+    """The preset `recommended`, one of its three terms (1 x in) ⊗ (out x 1): a LoRA of rank 1."""
+    config = preset("recommended", model, r=2)
+    layers = {path: dims for path, dims in model.linear_layers().items() if matches(config.target_modules, path)}
+    plans = {plan.key: plan for plan in plan_model(config, layers).values()}
+    shapes = tuple(
+        dataclasses.replace(
+            plan, groups=(ShapeGroup(KronShape(1, plan.in_features, plan.out_features, 1), 1), *plan.groups)
+        )
+        for plan in plans.values()
+    )
+    return MokaConfig.from_core(dataclasses.replace(config, r=3, shapes=shapes))
+
+
 # In the order in which the study runs them.
 METHODS = {
     "qlora-32": Method(about="LoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE), rates=LOW_RATES),
@@ -79,6 +94,12 @@ METHODS = {
         about="MoKA, preset `recommended` with r=10",
         config=_moka("recommended", r=10),
         rates=LOW_RATES,
+    ),
+    "moka-mixed": Method(
+        about="MoKA, preset `recommended`, one of its three terms a LoRA of rank 1",
+        config=_with_a_lora_term,
+        rates=LOW_RATES,
+        tested=False,
     ),
     "moka-uniform": Method(about="MoKA `paper` with a uniform gate", config=_moka(gate="uniform"), rates=HIGH_RATES),
     "qlora-wide-3": Method(

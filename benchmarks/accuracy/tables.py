@@ -178,7 +178,10 @@ def _tries_table(rows: Rows, task: str) -> str:
     lines = []
     for method in METHODS:
         tried = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "validation")]
-        cells = [f"{row['rate']:g}: {row['loss']:.3f}, {100 * row['accuracy_norm']:.1f} %" for row in tried]
+        cells = [
+            f"{row['rate']:g}: {row['loss']:.3f}, {100 * row['accuracy_norm']:.1f} %"
+            for row in sorted(tried, key=lambda row: row["rate"])
+        ]
         if cells:
             lines.append([method, "; ".join(cells)])
     return table(["method", "tries"], lines)
@@ -210,6 +213,7 @@ def draw(rows: Rows, path: Path) -> None:
         if base is not None:
             axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--", label="base alone")
         axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
+        axes.margins(x=0.25)  # for the names
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
