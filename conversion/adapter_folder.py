@@ -28,7 +28,7 @@ from moka_core.adapter import (
     header_problems,
     raise_problems,
 )
-from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
+from moka_core.config import RUNTIME_FIELDS, SPARSE_FIELDS, check_keys
 from moka_core.paths import no_file
 from moka_core.seal import FORMAT_VERSION, STORED_DTYPES, adapter_checksum, check_seal, sealed_text
 
@@ -153,9 +153,7 @@ def folder_config(adapter: Adapter) -> dict[str, Any]:
     layers = {path: (adapter.layer_config(path), layer.plan) for path, layer in adapter.layers.items()}
     stated = MokaConfig.of_layers(layers, r=adapter.config.r, scale=adapter.config.scale).to_dict()
     config = {
-        key: value
-        for key, value in stated.items()
-        if key not in RUNTIME_FIELDS and (value or key not in PATTERN_FIELDS)
+        key: value for key, value in stated.items() if key not in RUNTIME_FIELDS and (value or key not in SPARSE_FIELDS)
     }
     fields = {
         **PEFT_FIELDS,
@@ -209,7 +207,7 @@ def _read_config(folder: Path) -> tuple[MokaConfig, dict[str, Any]]:
     mixture = {key: value for key, value in values.items() if key not in own}
     try:
         stored = set(MokaConfig().to_dict()) - set(RUNTIME_FIELDS)
-        missing = sorted(stored - set(PATTERN_FIELDS) - set(mixture))
+        missing = sorted(stored - set(SPARSE_FIELDS) - set(mixture))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
         check_keys(mixture, sorted(stored), where="fields")

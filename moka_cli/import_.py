@@ -169,7 +169,7 @@ def target_names(lora: dict[str, LoraLayer], layers: dict[str, tuple[int, int]])
 
 
 def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], terms: int) -> MokaConfig:
-    """The config with `terms` terms (out x 1) ⊗ (1 x in) more on each layer: alone, the nearest matrix of that rank.
+    """The config with `terms` terms (1 x in) ⊗ (out x 1) more on each layer: alone, the nearest matrix of that rank.
 
     Raises:
         ConfigError: one factor is a fixed identity, or some layers have shapes of their own.
@@ -181,7 +181,7 @@ def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], term
     plans = plan_model(config, layers)
     extended = {}
     for plan in plans.values():
-        mine = KronShape(plan.out_features, 1, 1, plan.in_features)
+        mine = KronShape(1, plan.in_features, plan.out_features, 1)  # as with the config's own lora_terms
         others = tuple(group for group in plan.groups if group.shape != mine)
         copies = terms + sum(group.copies for group in plan.groups if group.shape == mine)
         extended[plan.key] = dataclasses.replace(plan, groups=(ShapeGroup(mine, copies), *others))

@@ -372,7 +372,7 @@ def import_(
     preset: Annotated[str, typer.Option(help="Preset: recommended, paper or paper-s.")] = "paper",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
     lora_terms: Annotated[
-        int, typer.Option(help="Add so many terms (out x 1) ⊗ (1 x in); as many as a LoRA's rank hold it exactly.")
+        int, typer.Option(help="Add so many terms (1 x in) ⊗ (out x 1); as many as a LoRA's rank hold it exactly.")
     ] = 0,
     quantise: Annotated[
         str | None,

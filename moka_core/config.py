@@ -26,6 +26,7 @@ SCALE_MIN, SCALE_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 RUNTIME_FIELDS = ("execution",)
 # Fields that a saved adapter holds only where they say something.
 PATTERN_FIELDS = ("r_pattern", "shapes_pattern", "scale_pattern")
+SPARSE_FIELDS = (*PATTERN_FIELDS, "lora_terms")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("softmax", "uniform"),
@@ -50,6 +51,8 @@ class MokaConfig:
     Args:
         r: number of terms of each layer, at least 1.
         num_shapes: how many different shapes the `balanced` rule spreads the terms over.
+        lora_terms: how many of the r terms are (1 x in) ⊗ (out x 1), together a LoRA of that rank; the `balanced` rule
+            has the others.
         block_entries: number of entries of the stored factor that an `identity` mixture aims at.
         shapes: explicit plans; a layer whose (out, in) stands here takes that plan and not the rule's.
         gate: "softmax" (one learned logit a term) or "uniform" (the ungated ablation).
@@ -79,6 +82,7 @@ class MokaConfig:
 
     r: int = 10
     num_shapes: int = 5
+    lora_terms: int = 0
     block_entries: int = 4096
     shapes: tuple[LayerPlan, ...] = ()
     gate: Gate = "softmax"
@@ -101,6 +105,7 @@ class MokaConfig:
         check_execution(self.execution)
         for name in ("r", "num_shapes", "block_entries"):
             _check_count(name, getattr(self, name))
+        _check_count("lora_terms", self.lora_terms, least=0)
         _check_scale("scale", self.scale)
         check_finite("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
@@ -110,6 +115,8 @@ class MokaConfig:
                 f"zero_factor: factor {self.zero_factor!r} is the fixed identity, so it cannot start at zero; "
                 f"set zero_factor={'b' if self.identity == 'a' else 'a'!r}"
             )
+        if self.lora_terms and self.identity != "none":
+            raise ConfigError(f"lora_terms: expected 0 with identity={self.identity!r}; got {self.lora_terms}")
         targets = self.target_modules
         if not isinstance(targets, str):
             if not isinstance(targets, Iterable) or isinstance(targets, Mapping):
@@ -351,9 +358,9 @@ def _groups(rows: Any, *, where: str) -> tuple[ShapeGroup, ...]:
     return tuple(ShapeGroup.from_list(row, where=where) for row in rows)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: expected a whole number >= 1; got {value!r}")
+def _check_count(name: str, value: Any, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: expected a whole number >= {least}; got {value!r}")
 
 
 def check_finite(name: str, value: Any) -> float:

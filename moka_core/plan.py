@@ -194,13 +194,14 @@ def block_shape(out_features: int, in_features: int, *, entries: int, identity: 
 def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> LayerPlan:
     """The shape groups that `config` gives to a linear layer of shape (out, in).
 
-    An explicit plan in `config.shapes` is taken as it is. Otherwise the r terms go to the `num_shapes`
-    balanced shapes as evenly as they divide, the first shapes taking what is left over; with an
-    identity factor all r terms share one block shape.
+    An explicit plan in `config.shapes` is taken as it is. Otherwise `lora_terms` of the r terms are
+    (1 x in) ⊗ (out x 1), and the others go to the `num_shapes` balanced shapes as evenly as they divide, the first
+    shapes taking what is left over; with an identity factor all r terms share one block shape.
 
     Raises:
         ConfigError: a dimension of the layer is no positive whole number, or r gives some shape more terms than the
-            layer has entries: so many products of one shape repeat each other, one being a weighted sum of others.
+            layer has entries: so many products of one shape repeat each other, one being a weighted sum of others. Or
+            `lora_terms` are more than r.
     """
     for name, value in (("out_features", out_features), ("in_features", in_features)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -212,9 +213,18 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
         shape = block_shape(out_features, in_features, entries=config.block_entries, identity=config.identity)
         groups = [ShapeGroup(shape, config.r)]
     else:
-        shapes = balanced_shapes(out_features, in_features)[: min(config.num_shapes, config.r)]
-        share, rest = divmod(config.r, len(shapes))
-        groups = [ShapeGroup(shape, share + (position < rest)) for position, shape in enumerate(shapes)]
+        outer, others = KronShape(1, in_features, out_features, 1), config.r - config.lora_terms
+        if others < 0:
+            raise ConfigError(f"lora_terms: expected at most {config.r} of the terms (r); got {config.lora_terms}")
+        shapes = balanced_shapes(out_features, in_features)
+        if config.lora_terms and shapes != [outer]:
+            shapes = [shape for shape in shapes if shape != outer]
+        shapes = shapes[: min(config.num_shapes, others)]
+        copies = {outer: config.lora_terms} if config.lora_terms else {}
+        for position, shape in enumerate(shapes):
+            share = others // len(shapes) + (position < others % len(shapes))
+            copies[shape] = copies.get(shape, 0) + share
+        groups = [ShapeGroup(shape, count) for shape, count in copies.items()]
     _check_terms(config.r, len(groups), out_features, in_features)
     return LayerPlan(out_features=out_features, in_features=in_features, groups=tuple(groups))
 

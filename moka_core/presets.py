@@ -13,7 +13,11 @@ from moka_core.errors import ConfigError
 
 PAPER = MokaConfig()
 RECOMMENDED = MokaConfig(
-    r=3, scaling="stable", scale=30.0, target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    r=3,
+    lora_terms=1,
+    scaling="stable",
+    scale=30.0,
+    target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
 )
 
 
@@ -35,8 +39,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "recommended": Preset(
-        about="r = 3: three balanced shapes, softmax gate, stable scaling times 30, dropout 0.1, on q_proj, k_proj, "
-        "v_proj, up_proj and down_proj: about as many parameters as `paper` (docs/choosing.md)",
+        about="r = 3: two balanced shapes and a LoRA of rank 1, softmax gate, stable scaling times 30, dropout 0.1, "
+        "on q_proj, k_proj, v_proj, up_proj and down_proj: about as many parameters as `paper` (docs/choosing.md)",
         learning_rate=3e-3,
     ),
     "paper": Preset(

@@ -15,7 +15,7 @@ from peft import LoKrConfig, LoraConfig, PeftConfig
 
 import moka_core
 from moka_core.adapter import QUANTISATIONS
-from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, check_keys
+from moka_core.config import PATTERN_FIELDS, RUNTIME_FIELDS, SPARSE_FIELDS, check_keys
 from moka_core.errors import ConfigError
 from moka_core.seal import FORMAT_VERSION, sealed_text
 from moka_torch.targets import stated_dims
@@ -23,7 +23,7 @@ from moka_torch.targets import stated_dims
 _FILE = "adapter_config.json"
 # Fields of adapter_config.json that are there only where they say something.
 OPTIONAL_FIELDS = (
-    *PATTERN_FIELDS,
+    *SPARSE_FIELDS,
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -36,7 +36,7 @@ REQUIRED_FIELDS = (
     "peft_type",
     "format_version",
     "layers",
-    *(f.name for f in dataclasses.fields(moka_core.MokaConfig) if f.name not in (*RUNTIME_FIELDS, *PATTERN_FIELDS)),
+    *(f.name for f in dataclasses.fields(moka_core.MokaConfig) if f.name not in (*RUNTIME_FIELDS, *SPARSE_FIELDS)),
 )
 # Only a file holds these: a dictionary that a user writes for `peft.get_peft_config` may leave out what it likes.
 _FILE_FIELDS = ("format_version", "layers", "base_fingerprint", "base_quantisation", "checksum", "peft_version")
@@ -109,6 +109,7 @@ class MokaConfig(PeftConfig):
     Args:
         r: number of terms of each layer, at least 1.
         num_shapes: how many different shapes those terms are spread over, if `shapes` does not say.
+        lora_terms: how many of those terms are (1 x in) ⊗ (out x 1), together a LoRA of that rank, likewise.
         block_entries: number of entries of the stored factor that a mixture with `identity` aims at.
         shapes: explicit plans, {"OUTxIN": [[copies, a_out, a_in, b_out, b_in], ...]}; after `get_peft_model`
             this states the plan of every adapted layer, or it stands under the layer's path in
@@ -164,6 +165,7 @@ class MokaConfig(PeftConfig):
 
     r: int = 10
     num_shapes: int = 5
+    lora_terms: int = 0
     block_entries: int = 4096
     shapes: dict[str, Any] = field(default_factory=dict)
     gate: str = "softmax"
@@ -356,7 +358,7 @@ class MokaConfig(PeftConfig):
         return {
             key: value
             for key, value in super().to_dict().items()
-            if key not in OWN_RUNTIME_FIELDS and not (key in OPTIONAL_FIELDS and value in (None, "none", [], {}))
+            if key not in OWN_RUNTIME_FIELDS and not (key in OPTIONAL_FIELDS and value in (None, "none", 0, [], {}))
         }
 
     @classmethod

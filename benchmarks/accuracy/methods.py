@@ -9,8 +9,7 @@ from typing import Any
 
 from peft import LoKrConfig, LoraConfig, PeftConfig
 
-from moka_core import Architecture, KronShape, ShapeGroup, plan_model, preset
-from moka_core.plan import matches
+from moka_core import Architecture, preset
 from moka_torch import MokaConfig
 
 WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # of the paper's baseline
@@ -55,28 +54,20 @@ def _moka(name: str = "paper", **changes: Any) -> Callable[[Architecture], PeftC
     return lambda model: MokaConfig.from_core(dataclasses.replace(preset(name, model), **changes))
 
 
-def _with_a_lora_term(model: Architecture) -> PeftConfig:
-    """The preset `recommended`, one of its three terms (1 x in) ⊗ (out x 1): a LoRA of rank 1."""
-    config = preset("recommended", model, r=2)
-    layers = {path: dims for path, dims in model.linear_layers().items() if matches(config.target_modules, path)}
-    plans = {plan.key: plan for plan in plan_model(config, layers).values()}
-    shapes = tuple(
-        dataclasses.replace(
-            plan, groups=(ShapeGroup(KronShape(1, plan.in_features, plan.out_features, 1), 1), *plan.groups)
-        )
-        for plan in plans.values()
-    )
-    return MokaConfig.from_core(dataclasses.replace(config, r=3, shapes=shapes))
-
-
 # In the order in which the study runs them.
 METHODS = {
     "qlora-32": Method(about="LoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE), rates=LOW_RATES),
     "moka-paper": Method(about="MoKA, preset `paper`: r=10 on q, v", config=_moka(), rates=HIGH_RATES),
     "moka-recommended": Method(
-        about="MoKA, preset `recommended`: r=3 on q, k, v, up, down, stable scaling, scale 30",
+        about="MoKA, preset `recommended`: r=3, one term a LoRA, on q, k, v, up, down, stable scaling, scale 30",
         config=_moka("recommended"),
         rates=LOW_RATES,
+    ),
+    "moka-wide-3-stable": Method(
+        about="MoKA r=3 on q, k, v, up, down, stable scaling, scale 30",
+        config=_moka("recommended", lora_terms=0),
+        rates=LOW_RATES,
+        tested=False,
     ),
     "moka-wide-3": Method(
         about="MoKA r=3 on q, k, v, up, down, no scaling",
@@ -91,15 +82,9 @@ METHODS = {
         tested=False,
     ),
     "moka-wide-10-stable": Method(
-        about="MoKA, preset `recommended` with r=10",
-        config=_moka("recommended", r=10),
+        about="MoKA r=10 on q, k, v, up, down, stable scaling, scale 30",
+        config=_moka("recommended", r=10, lora_terms=0),
         rates=LOW_RATES,
-    ),
-    "moka-mixed": Method(
-        about="MoKA, preset `recommended`, one of its three terms a LoRA of rank 1",
-        config=_with_a_lora_term,
-        rates=LOW_RATES,
-        tested=False,
     ),
     "moka-uniform": Method(about="MoKA `paper` with a uniform gate", config=_moka(gate="uniform"), rates=HIGH_RATES),
     "qlora-wide-3": Method(

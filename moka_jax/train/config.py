@@ -50,7 +50,10 @@ STARTED_FIELDS = ("dropout", *RUNTIME_FIELDS)
 # What changes how far a step at some learning rate moves a layer's output.
 _PACE_FIELDS = ("scale", "scaling", "scale_pattern", "identity", "zero_factor")
 # What decides the layers and their plans.
-_PLANNED_FIELDS = ("r", "num_shapes", "block_entries", "shapes", "target_modules", "r_pattern", "shapes_pattern")
+_PLANNED_FIELDS = (
+    *("r", "num_shapes", "lora_terms", "block_entries", "shapes", "target_modules"),
+    *("r_pattern", "shapes_pattern"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

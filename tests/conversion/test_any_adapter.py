@@ -86,8 +86,10 @@ def drawn_models(draw: Any) -> Drawn:
     chosen = draw(st.lists(st.sampled_from(layers), min_size=1, unique=True))
     scales = st.floats(-3, 3).filter(lambda value: abs(value) > 1e-3)
     most = min(out * in_ for out, in_ in zip(widths[1:], widths[:-1], strict=True))
+    r = draw(st.integers(1, min(12, most)))
     config = MokaConfig(
-        r=draw(st.integers(1, min(12, most))),
+        r=r,
+        lora_terms=draw(st.integers(0, r)) if identity == "none" else 0,
         num_shapes=draw(st.integers(1, 5)),
         block_entries=draw(st.integers(1, 64)),
         gate=draw(st.sampled_from(["softmax", "uniform"])),

@@ -18,6 +18,7 @@ from tests.tiny import random_adapter, save_tiny_llama
 CONFIGS = {
     "softmax": MokaConfig(r=5, num_shapes=3, target_modules=("q_proj", "v_proj", "down_proj")),
     "moka_s": MokaConfig(r=3, num_shapes=1, identity="a", block_entries=64, gate="uniform", scaling="stable"),
+    "lora terms": MokaConfig(r=4, num_shapes=2, lora_terms=1, scaling="stable", target_modules=("q_proj", "up_proj")),
     "zero a": MokaConfig(r=3, num_shapes=2, zero_factor="a", scale=-0.5),
     "patterns": MokaConfig(r=3, num_shapes=2, r_pattern={"v_proj": 5}, scale_pattern={"q_proj": 0.5}),
     "identity b": MokaConfig(r=1, num_shapes=1, identity="b", zero_factor="a", block_entries=64, gate="uniform"),

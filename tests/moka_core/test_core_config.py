@@ -34,6 +34,9 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"r": True}, "r: expected a whole number >= 1; got True"),
     ({"r": "10"}, "r: expected a whole number >= 1; got '10'"),
     ({"num_shapes": -1}, "num_shapes: expected a whole number >= 1; got -1"),
+    ({"lora_terms": -1}, "lora_terms: expected a whole number >= 0; got -1"),
+    ({"lora_terms": True}, "lora_terms: expected a whole number >= 0; got True"),
+    ({"lora_terms": 1, "identity": "a"}, "lora_terms: expected 0 with identity='a'; got 1"),
     ({"block_entries": None}, "block_entries: expected a whole number >= 1; got None"),
     ({"gate": "sigmoid"}, "gate: expected one of softmax, uniform; got 'sigmoid'"),
     ({"gate": ["softmax"]}, "gate: expected one of softmax, uniform; got ['softmax']"),
@@ -188,6 +191,7 @@ def test_the_recommended_preset_is_the_one_of_the_accuracy_study() -> None:
     assert preset("recommended") == MokaConfig(
         r=3,
         num_shapes=5,
+        lora_terms=1,
         gate="softmax",
         scaling="stable",
         scale=30.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,15 @@ def test_a_preset_trains_as_many_parameters_as_published(arch: str, name: str, p
     plans = plan_model(config, model.linear_layers())
     assert len(plans) == 2 * model.num_hidden_layers
     assert sum(plan.trainable(config) for plan in plans.values()) == published
+
+
+@pytest.mark.parametrize(("arch", "trained"), [("llama2-7b", 5_079_520), ("llama3-8b", 4_784_608)])
+def test_the_recommended_preset_trains_as_many_parameters_as_the_guide_says(arch: str, trained: int) -> None:
+    """By hand, LLaMA3-8B, a layer: q 3·8192, k and v 5120 + 2·4096 each, up and down 18432 + 2·15360 each, 15 gates."""
+    config = preset("recommended")
+    plans = plan_model(config, architecture(arch).linear_layers())
+    assert sum(plan.trainable(config) for plan in plans.values()) == trained
+    assert f"{trained:,}" in (Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
 
 
 def test_lora_for_comparison_trains_as_many_parameters_as_published() -> None:
@@ -106,6 +116,27 @@ def test_terms_are_spread_evenly_over_the_balanced_shapes(out: int, in_: int, r:
     shapes = [group.shape for group in plan.groups]
     assert shapes == balanced_shapes(out, in_)[: len(shapes)]
     assert len(shapes) == min(num_shapes, r, len(balanced_shapes(out, in_)))
+
+
+@pytest.mark.parametrize(("out", "in_"), [*DIMS, (1, 1), (1, 6), (6, 1)])
+@pytest.mark.parametrize(("r", "lora_terms"), [(1, 1), (3, 1), (5, 2), (4, 4), (9, 7)])
+def test_lora_terms_come_first_and_the_balanced_shapes_have_the_others(
+    out: int, in_: int, r: int, lora_terms: int
+) -> None:
+    if r > out * in_:
+        pytest.skip("more terms than such a layer takes")
+    plan = plan_layer(MokaConfig(r=r, num_shapes=3, lora_terms=lora_terms), out, in_)
+    first, *others = plan.groups
+    assert plan.terms == r
+    assert dataclasses.astuple(first.shape) == (1, in_, out, 1)
+    left = [shape for shape in balanced_shapes(out, in_) if shape != first.shape]
+    assert first.copies == (lora_terms if left else r)
+    assert [group.shape for group in others] == left[: min(3, r - lora_terms)]
+
+
+def test_more_lora_terms_than_terms_are_refused() -> None:
+    with pytest.raises(ConfigError, match=re.escape("lora_terms: expected at most 2 of the terms (r); got 3")):
+        plan_layer(MokaConfig(r=2, lora_terms=3), 8, 8)
 
 
 @pytest.mark.parametrize("identity", ["a", "b"])
