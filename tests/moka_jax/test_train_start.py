@@ -155,7 +155,10 @@ def test_targets_that_mean_more_here_become_the_adapted_layers(base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "papper", "start": "a"}, "adapter.preset: expected one of recommended, paper, paper-s; got"),
+        (
+            {"preset": "papper", "start": "a"},
+            "adapter.preset: expected one of recommended, paper, paper-s; got 'papper'",
+        ),
         ({"start": ""}, "adapter.start: expected a path; got ''"),
         ({"start": 3}, "adapter.start: expected a path; got 3"),
         ({"start_checksum": "00"}, "adapter.start_checksum: expected adapter.start"),
