@@ -91,7 +91,7 @@ def run_import(
         given.setdefault("target_modules", target_names(lora, layers))
     config = preset(preset_name, Architecture.from_hf_config(opened.config), **given)
     if lora_terms:
-        config = with_lora_terms(config, layers, lora_terms)
+        config = with_lora_terms(config, lora_terms)
     plans = plan_model(config, layers)
     console = text_console(json_file)
     notes = [] if lora is None else _notes(source, base)
@@ -168,24 +168,29 @@ def target_names(lora: dict[str, LoraLayer], layers: dict[str, tuple[int, int]])
     return sorted(names) if set(caught) == set(lora) else list(lora)
 
 
-def with_lora_terms(config: MokaConfig, layers: dict[str, tuple[int, int]], terms: int) -> MokaConfig:
-    """The config with `terms` terms (1 x in) ⊗ (out x 1) more on each layer: alone, the nearest matrix of that rank.
+def with_lora_terms(config: MokaConfig, terms: int) -> MokaConfig:
+    """The config with `terms` more `lora_terms` on each layer: alone, the nearest matrix of that rank.
 
     Raises:
-        ConfigError: one factor is a fixed identity, or some layers have shapes of their own.
+        ConfigError: one factor is a fixed identity, or some layers have shapes or an r of their own.
     """
     if config.identity != "none" or config.r_pattern or config.shapes_pattern:
         raise ConfigError(
             "--lora-terms: expected identity=none and no r_pattern or shapes_pattern: its terms are added to all layers"
         )
-    plans = plan_model(config, layers)
-    extended = {}
-    for plan in plans.values():
-        mine = KronShape(1, plan.in_features, plan.out_features, 1)  # as with the config's own lora_terms
+
+    def extended(plan: LayerPlan) -> LayerPlan:
+        mine = KronShape(1, plan.in_features, plan.out_features, 1)
         others = tuple(group for group in plan.groups if group.shape != mine)
         copies = terms + sum(group.copies for group in plan.groups if group.shape == mine)
-        extended[plan.key] = dataclasses.replace(plan, groups=(ShapeGroup(mine, copies), *others))
-    return dataclasses.replace(config, r=config.r + terms, shapes=tuple(extended.values()))
+        return dataclasses.replace(plan, groups=(ShapeGroup(mine, copies), *others))
+
+    return dataclasses.replace(
+        config,
+        r=config.r + terms,
+        lora_terms=config.lora_terms + terms,
+        shapes=tuple(extended(plan) for plan in config.shapes),
+    )
 
 
 def project(

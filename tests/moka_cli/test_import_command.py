@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from conversion import load_adapter, open_base, save_adapter
 from conversion.lora_folder import load_lora
 from moka_cli.import_ import base_layers
-from moka_core import MokaConfig
+from moka_core import KronShape, MokaConfig
 from moka_core.oracle import dense_delta
 from tests.moka_cli.test_commands import call
 from tests.tiny import random_adapter, save_tiny_llama
@@ -91,15 +91,21 @@ def test_a_lora_becomes_the_nearest_adapter_and_its_errors_are_those_of_the_orac
     assert {(row["kind"], row["layers"]) for row in told["kinds"]} == {("q_proj", 2), ("down_proj", 2)}
 
 
-def test_lora_terms_hold_the_lora_exactly_and_peft_computes_the_same_with_both(base, tmp_path):
+SHAPES_GIVEN = 'shapes={"128x128":[[1,1,128,128,1],[3,8,16,16,8]]}'  # of q, one of its terms a LoRA's already
+
+
+@pytest.mark.parametrize(("more", "of_q"), [((), [3, 2, 2]), (("--set", SHAPES_GIVEN), [4, 3])])
+def test_lora_terms_hold_the_lora_exactly_and_peft_computes_the_same_with_both(base, tmp_path, more, of_q):
     import moka_torch  # noqa: F401
 
     source = save_lora(base, tmp_path / "lora", rank_pattern={"0.self_attn.q_proj": 3}, use_rslora=True)
-    assert (
-        call("import", source, tmp_path / "out", "--base", base, *SMALL, "--lora-terms", 3, "--max-error", "1e-6") == 0
-    )
+    options = (*SMALL, *more, "--lora-terms", 3, "--max-error", "1e-6")
+    assert call("import", source, tmp_path / "out", "--base", base, *options) == 0
     adapter = load_adapter(tmp_path / "out")
-    assert adapter.config.r == 4 + 3
+    assert (adapter.config.r, adapter.config.lora_terms) == (4 + 3, 3)
+    groups = adapter.layers["model.layers.0.self_attn.q_proj"].plan.groups
+    assert [group.copies for group in groups] == of_q
+    assert groups[0].shape == KronShape(1, 128, 128, 1)
     tokens = torch.arange(12)[None]
     logits = []
     for folder in (source, tmp_path / "out"):
