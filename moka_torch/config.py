@@ -358,7 +358,7 @@ class MokaConfig(PeftConfig):
         return {
             key: value
             for key, value in super().to_dict().items()
-            if key not in OWN_RUNTIME_FIELDS and not (key in OPTIONAL_FIELDS and value in (None, "none", 0, [], {}))
+            if key not in OWN_RUNTIME_FIELDS and not (key in OPTIONAL_FIELDS and _says_nothing(key, value))
         }
 
     @classmethod
@@ -461,6 +461,11 @@ def _check_format_version(version: Any) -> None:
             f"format_version: expected {FORMAT_VERSION}; got {version!r}. A later version of moka wrote this adapter; "
             "upgrade moka to read it. (A lower number is from before its first release.)"
         )
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a field of adapter_config.json may be left out at this value. A layer's number may be 0, too."""
+    return value in (None, "none", [], {}) or (name == "lora_terms" and value == 0)
 
 
 def _listed(value: Any) -> Any:

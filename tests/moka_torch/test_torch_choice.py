@@ -27,6 +27,10 @@ def config(**changes) -> MokaConfig:
     return MokaConfig(**{**values, **changes})
 
 
+def listed(value):
+    return value if isinstance(value, str | int) else sorted(value)
+
+
 def adapted(load, **changes) -> PeftModel:
     torch.manual_seed(0)
     return get_peft_model(load(), config(**changes)).eval()
@@ -38,6 +42,7 @@ def adapted(load, **changes) -> PeftModel:
         ({"exclude_modules": ["v_proj"]}, {"0.q", "1.q"}),
         ({"exclude_modules": r".*\.0\..*"}, {"1.q", "1.v"}),
         ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, {"0.v", "1.q", "1.v"}),
+        ({"layers_to_transform": 0}, {"0.q", "0.v"}),
         ({"layers_to_transform": 1}, {"1.q", "1.v"}),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"0.q", "0.v"}),
         ({"layers_to_transform": (0, 1), "exclude_modules": {"q_proj"}}, {"0.v", "1.v"}),
@@ -48,7 +53,7 @@ def adapted(load, **changes) -> PeftModel:
         ({"modules_to_save": ["model.layers.1.self_attn.v_proj"]}, {"0.q", "0.v", "1.q"}),
     ],
 )
-def test_the_layers_that_are_chosen(load, changes, layers):
+def test_the_layers_that_are_chosen(load, changes, layers, tmp_path):
     model = adapted(load, **changes)
     found = {path.split(".")[2] + "." + path.rpartition(".")[2][0] for path in adapted_layers(model, "default")}
     assert found == layers
@@ -56,6 +61,10 @@ def test_the_layers_that_are_chosen(load, changes, layers):
     given = config(**changes)
     for name in changes:
         assert getattr(kept, name) == getattr(given, name)
+    model.save_pretrained(tmp_path)
+    read = MokaConfig.from_pretrained(tmp_path)
+    for name in set(changes) - {"target_modules"}:  # of a saved adapter these are its layers' paths
+        assert listed(getattr(read, name)) == listed(getattr(given, name))
 
 
 def test_an_exclusion_that_excludes_nothing_is_noticed_and_one_that_excludes_all_is_refused(load):
