@@ -60,9 +60,9 @@ def same(one, other):
 
 def test_the_script_from_data_to_an_adapter_that_reloads_to_the_same_loss_and_a_merged_model(base, data, tmp_path):
     losses = qlora_trainer.main(base, data, tmp_path / "run", merged_output=tmp_path / "merged", **QUICK)
-    assert losses.after < losses.before - 0.5  # measured: 5.95 before, 4.60 after
+    assert losses.after < losses.before - 3  # measured: 5.95 before, 1.63 after
     assert losses.reloaded == losses.after
-    assert len(load_adapter(tmp_path / "run" / "adapter").layers) == 4  # a folder that JAX reads, too
+    assert len(load_adapter(tmp_path / "run" / "adapter").layers) == 10  # a folder that JAX reads, too
 
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
@@ -85,7 +85,7 @@ def test_the_script_runs_from_a_shell_and_goes_on_with_resume(base, data, tmp_pa
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after, _ = held_out_losses(done.stdout)
-    assert after < before - 0.1  # measured: 5.95 before, 5.73 after
+    assert after < before - 1  # measured: 5.95 before, 3.96 after
     again = CliRunner().invoke(qlora_trainer.app, [*map(str, options), "--steps", "2", "--resume"])
     assert again.exit_code == 0, again.output
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())

@@ -62,7 +62,7 @@ def test_the_script_from_data_to_an_adapter_that_reloads_to_the_same_loss_and_a_
     done = CliRunner().invoke(sft_trainer.app, [*map(str, options), *few])
     assert done.exit_code == 0, done.output
     before, after, reloaded = held_out_losses(done.output)
-    assert after < before - 0.5  # measured: 5.95 before, 4.60 after
+    assert after < before - 3  # measured: 5.95 before, 1.63 after
     assert reloaded == after
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
@@ -71,7 +71,7 @@ def test_the_script_from_data_to_an_adapter_that_reloads_to_the_same_loss_and_a_
 
 def test_the_only_step_of_the_shortest_run_moves_the_adapter(base, data, tmp_path):
     losses = sft_trainer.main(base, data, tmp_path, steps=1, held_out=8, learning_rate=0.02)
-    assert losses.after < losses.before - 0.1  # measured: 5.95 before, 5.73 after
+    assert losses.after < losses.before - 1  # measured: 5.95 before, 3.96 after
 
 
 def test_a_moka_config_is_taken_as_it_is_and_only_the_adapter_moves(trainer, config):
