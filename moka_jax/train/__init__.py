@@ -1,7 +1,8 @@
 """Training of adapters: examples, steps, checkpoints, metrics and the loop over them, for any NNX model."""
 
+from moka_jax.train.adapter_settings import AdapterSettings
 from moka_jax.train.checkpoint import CheckpointError
-from moka_jax.train.config import AdapterSettings, DataConfig, EarlyStopping, MeshConfig, Profile, TrainConfig
+from moka_jax.train.config import DataConfig, EarlyStopping, MeshConfig, Profile, TrainConfig
 from moka_jax.train.data import Dataset, Example, load_dataset
 from moka_jax.train.loop import TrainingError, TrainResult, train
 from moka_jax.train.metrics import plot_losses, read_metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def train(
         check_packing(model)
     layout: Layout | None = getattr(model, "layout", None)
     check_run(config, layout)
+    config = dataclasses.replace(config, adapter=config.adapter.resolved(getattr(model, "architecture", None)))
     learn = _load(config.data.train, tokenizer, config)
     held_out = None if config.data.eval is None else _load(config.data.eval, tokenizer, config)
     check_vocabulary(model, [learn] if held_out is None else [learn, held_out])

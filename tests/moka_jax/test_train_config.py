@@ -309,10 +309,15 @@ def test_a_run_takes_the_learning_rate_of_its_preset(monkeypatch: pytest.MonkeyP
 
     tuned = dataclasses.replace(PRESETS["paper"], learning_rate=0.0123)
     monkeypatch.setitem(PRESETS, "paper", tuned)
-    assert rate(None) == rate({}) == rate({"warmup_steps": 2}, r=4) == 0.0123
+    assert rate(None) == rate({}) == rate({"warmup_steps": 2}, dropout=0.0, target_modules=["q_proj"], r=10) == 0.0123
     assert rate({"learning_rate": 1.0}) == 1.0
-    for optimiser, adapter in (({"name": "lion"}, {}), ({}, {"scale": 4.0}), ({}, {"preset": "paper-s"})):
+    for optimiser, adapter in (({"name": "lion"}, {}), ({}, {"preset": "paper-s"})):
         with pytest.raises(ConfigError, match="optimiser: missing learning_rate"):
             rate(optimiser, **adapter)
     with pytest.raises(ConfigError, match="config: missing optimiser"):
         rate(None, start="folder")
+    assert rate({}, preset="recommended", scale=30, scale_pattern={}) == PRESETS["recommended"].learning_rate
+    told = "of the preset paper, 0.0123, is not taken with another adapter.r and adapter.gate"
+    for optimiser in (None, {"warmup_steps": 2}):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            rate(optimiser, r=4, gate="uniform", dropout=0.0)

@@ -118,6 +118,27 @@ def test_a_run_goes_on_from_the_adapter_is_resumed_and_exported_without_it(base,
     assert "adapter.start_checksum" in capsys.readouterr().err
 
 
+def test_a_run_keeps_the_values_of_its_preset_when_that_is_redefined(base, tmp_path, capsys, monkeypatch):
+    run = write(tmp_path, base, None, adapter={"start": None, "preset": "recommended"}, steps=2)
+    assert call("train", run) == 0
+    assert call("export", tmp_path / "out", tmp_path / "adapter") == 0
+    recommended = moka_core.PRESETS["recommended"]
+    other = dataclasses.replace(recommended.config, r=4, scale=10.0)
+    monkeypatch.setitem(moka_core.PRESETS, "recommended", dataclasses.replace(recommended, config=other))
+    assert call("export", tmp_path / "out", tmp_path / "again") == 0
+    assert load_adapter(tmp_path / "again").config == load_adapter(tmp_path / "adapter").config
+    assert same(load_adapter(tmp_path / "again"), load_adapter(tmp_path / "adapter"))
+    capsys.readouterr()
+    assert call("train", run) == 1
+    refused = capsys.readouterr().err
+    for line in (
+        "adapter.r: the checkpoint has 3, this run 4\n",
+        "adapter.scale: the checkpoint has 30.0, this run 10.0\n",
+    ):
+        assert line in refused
+    assert call("train", run, "adapter.r=3", "adapter.scale=30", "steps=2") == 0
+
+
 @pytest.mark.slow
 def test_a_dry_run_plans_the_start_and_a_moved_start_is_no_other_run(base, start, tmp_path, capsys):
     run = write(tmp_path, base, start, steps=2)
