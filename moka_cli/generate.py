@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_cli.bases import open_held
 from moka_cli.figures import check_json, is_standard_output, json_lines
 from moka_cli.train import load_model, load_tokenizer
 from moka_core import ConfigError, DataError
@@ -40,7 +41,7 @@ def run_generate(
         json_file: where a JSON object for each prompt goes, a line each; "-": to standard output, and nothing else.
         settings: the fields of `moka_jax.llama.Sampling`.
     """
-    from conversion import load_adapter, open_base
+    from conversion import load_adapter
     from moka_core import check_base
     from moka_jax import import_adapter
     from moka_jax.llama import LlamaConfig, Sampling, check_prompts
@@ -59,15 +60,14 @@ def run_generate(
         raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
     value = None if adapter is None else load_adapter(adapter)
     tokenizer = load_tokenizer(base)
-    held = (quantise or "nf4-double") if value is None else value.quantisation(quantise)
-    opened = open_base(base, quantise=held)  # type: ignore[arg-type]
+    opened = open_held(base, quantise, value)
     config = LlamaConfig.from_hf_config(opened.config)
     if value is not None:
         check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     rows = [prompt_tokens(tokenizer, text, raw=raw) for text in texts]
     check_prompts(config, rows, max_new_tokens=max_new_tokens, single=len(rows) == 1)
     ask = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens(tokenizer, base), "sampling": sampling}
-    model = load_model(base, quantise=held)
+    model = load_model(base, quantise=opened.quantisation)
     if value is not None:
         import_adapter(model, value, allow_other_base=allow_other_base)
     if len(rows) == 1 and json_file is None:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from moka_cli.bases import open_held
 from moka_cli.figures import TOLD_EVERY, check_json, text_console, write_json
 from moka_cli.params import parse_settings
 from moka_core import (
@@ -75,15 +76,10 @@ def run_import(
     json_file: Path | None,
 ) -> None:
     """Write the adapter, and tell how near it comes, kind by kind."""
-    from conversion import open_base, save_adapter
+    from conversion import save_adapter
 
     _check_options(out, json_file, max_error, lora_terms)
-    opened = open_base(base, quantise=quantise or "nf4-double")  # type: ignore[arg-type]
-    if quantise not in (None, opened.quantisation):
-        raise ConfigError(
-            f"--quantise {quantise}: {base} is packed already, as {opened.quantisation}, and is held so; leave "
-            "--quantise out, or give the dense folder that it was packed from"
-        )
+    opened = open_held(base, quantise)
     layers = base_layers(opened)
     lora = read_lora(source, layers, base=str(base))
     given = parse_settings(settings)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from moka_cli.bases import open_held
 from moka_cli.figures import check_json, text_console, write_json
 from moka_core import ConfigError
 
@@ -33,14 +34,14 @@ def run_merge(
     json_file: Path | None,
 ) -> None:
     """Merge, and print what was written and what was lost."""
-    from conversion import load_adapter, merge_folder, open_base
+    from conversion import load_adapter, merge_folder
 
     check_json(json_file)
     if not max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb: expected more than 0; got {max_shard_gb}")
     console = text_console(json_file)
     trained = load_adapter(adapter)
-    opened = open_base(base, quantise=trained.quantisation(quantise))  # type: ignore[arg-type]
+    opened = open_held(base, quantise, trained)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("merging", total=None)

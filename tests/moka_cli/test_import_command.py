@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from conversion import load_adapter, open_base, save_adapter
 from conversion.lora_folder import load_lora
+from moka_cli.bases import open_held
 from moka_cli.import_ import base_layers
-from moka_core import KronShape, MokaConfig
+from moka_core import ConfigError, KronShape, MokaConfig
 from moka_core.oracle import dense_delta
 from tests.moka_cli.test_commands import call
 from tests.tiny import random_adapter, save_tiny_llama
@@ -270,7 +272,17 @@ def test_a_packed_base_is_taken_as_it_is_packed_or_refused(base, lora, tmp_path,
         told = refused(capsys, *start, "--quantise", asked)
         assert f"--quantise {asked}: {packed} is packed already, as nf4, and is held so; leave --quantise out" in told
     assert call("import", *start) == 0
-    assert load_adapter(tmp_path / "out").base_quantisation == "nf4"
+    adapter = load_adapter(tmp_path / "out")
+    assert adapter.base_quantisation == "nf4"
+    assert call("merge", tmp_path / "out", tmp_path / "merged", "--base", packed, "--quantise", "none") == 1
+    assert "--quantise none" in capsys.readouterr().err
+    trained_elsewhere = dataclasses.replace(adapter, base_quantisation="none")
+    for value in (None, adapter, trained_elsewhere):
+        assert open_held(packed, None, value).quantisation == open_held(packed, "nf4", value).quantisation == "nf4"
+        with pytest.raises(ConfigError, match="is packed already, as nf4"):
+            open_held(packed, "nf4-double", value)
+    assert open_held(base, None).quantisation == "nf4-double"
+    assert open_held(base, None, trained_elsewhere).quantisation == "none"
 
 
 def test_a_packed_folder_is_no_half_of_a_pair(base, tmp_path, capsys):
