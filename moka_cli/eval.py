@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from moka_cli.bases import open_held
 from moka_cli.figures import TOLD_EVERY, check_json, finite, text_console, write_json
 from moka_core import ConfigError, ModelError
 
@@ -65,7 +66,7 @@ def run_eval(
         set_: one of `SETS`.
         samples: where a JSON object for each question goes, a line each.
     """
-    from conversion import load_adapter, open_base
+    from conversion import load_adapter
     from conversion.new_folder import check_file
     from moka_core import check_base
 
@@ -84,8 +85,7 @@ def run_eval(
             raise ConfigError(f"--samples: expected another file than --json's; got {samples} for both")
     console, progress = text_console(json_file), Console(stderr=True)
     value = None if adapter is None else load_adapter(adapter)
-    held = (quantise or "nf4-double") if value is None else value.quantisation(quantise)
-    opened = open_base(base, quantise=held)  # type: ignore[arg-type]
+    opened = open_held(base, quantise, value)
     if value is not None:
         check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
     began = time.perf_counter()
@@ -98,7 +98,7 @@ def run_eval(
             progress.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False, soft_wrap=True)
         tell = status.update if progress.is_terminal else partial(progress.print, highlight=False, markup=False)
         tell("loading the model")
-        options = {"quantise": held, "allow_other_base": allow_other_base, "batch_size": batch_size}
+        options = {"quantise": opened.quantisation, "allow_other_base": allow_other_base, "batch_size": batch_size}
         if backend == "torch":
             from moka_torch.evaluation import load_lm
 
@@ -129,7 +129,7 @@ def run_eval(
     asked += " --chat" * chat + " --backend jax" * (backend == "jax")
     what, where = ("the base alone", "") if adapter is not None else ("with an adapter", "ADAPTER ")
     console.print(
-        f"next: {what}: moka eval {where}--base {base} {again}{asked} --quantise {held}",
+        f"next: {what}: moka eval {where}--base {base} {again}{asked} --quantise {opened.quantisation}",
         highlight=False,
         markup=False,
         soft_wrap=True,

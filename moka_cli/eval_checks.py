@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.registry import get_aggregation, get_metric_aggregation, metric_registry
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from moka_core import ConfigError, DataError, MokaError
@@ -88,6 +89,7 @@ def check_tasks(
                 "fewshot_split that has other ones"
             )
         _rehearse(name, task, limit)
+        notes += [f"{name}: {told}" for told in _aggregations(task)]
     reseed(loaded)
     return notes
 
@@ -183,7 +185,7 @@ def _rehearse(name: str, task: Any, limit: int | None) -> None:
 
     Raises:
         DataError: lm-eval cannot score the answers.
-        ConfigError: none of the task's metrics is one of its kind of answers.
+        ConfigError: a metric of the task is none of its kind of answers, so that lm-eval would leave it out.
     """
     if not hasattr(task, "doc_to_choice"):
         return
@@ -215,9 +217,29 @@ def _rehearse(name: str, task: Any, limit: int | None) -> None:
     finally:
         for instance in task.instances:
             instance.resps, instance.filtered_resps = [], {}
-    if asked and not values:
-        metrics = [entry.get("metric") for entry in task.config.metric_list or []]
-        raise ConfigError(f"{name}: metric_list: {task.OUTPUT_TYPE} has none of {', '.join(map(str, metrics))}")
+    if asked and task.config.process_results is None:
+        metrics = [_metric_name(entry) for entry in task.config.metric_list or []]
+        missing = [metric for metric in metrics if metric not in values]
+        if missing:
+            raise ConfigError(
+                f"{name}: metric_list: lm-eval makes no {' and no '.join(missing)} of the answers of a task of "
+                f"output_type {task.OUTPUT_TYPE}, only {', '.join(values) or 'nothing'}"
+            )
+
+
+def _metric_name(entry: dict[str, Any]) -> str:
+    metric = entry["metric"]
+    return metric.__name__ if callable(metric) else metric
+
+
+def _aggregations(task: Any) -> Iterator[str]:
+    """Of which metrics the table has something else than the metric's own aggregation, mostly the mean."""
+    for entry in task.config.metric_list or []:
+        metric, given = entry["metric"], entry.get("aggregation")
+        if not (isinstance(given, str) and isinstance(metric, str) and metric in metric_registry):
+            continue
+        if get_aggregation(given) is not get_metric_aggregation(metric):
+            yield f"{metric} is aggregated by {given}, not as usual"
 
 
 def _made_up(instance: Any) -> Any:

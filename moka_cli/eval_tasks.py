@@ -22,6 +22,7 @@ from moka_core.config import check_keys
 from moka_core.harness import HarnessTokenizer
 
 _TASK_KEYS = [field.name for field in dataclasses.fields(TaskConfig)]
+_METRIC_KEYS = ("metric", "aggregation", "higher_is_better", "hf_evaluate")
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -95,15 +96,21 @@ def _file(name: str) -> Path | None:
             "of a group, give the files of its tasks"
         )
     if "class" not in values:  # one in Python reads keys of its own
-        check_keys(values, [*_TASK_KEYS, "include", "task_list"], where=f"--tasks: {name}")
+        if "task_list" in values:
+            raise ConfigError(f"--tasks: {name}: task_list: lm-eval reads none of a file; give the files of its tasks")
+        check_keys(values, [*_TASK_KEYS, "include"], where=f"--tasks: {name}")
     if "process_results" not in values:  # which may make metrics of its own
         _check_metrics(values.get("metric_list"), where=f"--tasks: {name}")
     return file
 
 
 def _check_metrics(entries: Any, *, where: str) -> None:
-    """Refuse a metric that lm-eval does not have: it leaves it out without an error."""
+    """Refuse a metric that lm-eval does not have, and a misspelt key: it passes over both."""
     for entry in entries if isinstance(entries, list) else []:
+        for key in set(entry) - set(_METRIC_KEYS) if isinstance(entry, dict) else ():
+            near = difflib.get_close_matches(str(key), _METRIC_KEYS, n=1, cutoff=0.8)
+            if near:
+                raise ConfigError(f"{where}: metric_list: {key!r} would go to the metric; did you mean {near[0]!r}?")
         metric = entry.get("metric") if isinstance(entry, dict) and not entry.get("hf_evaluate") else None
         if isinstance(metric, str) and metric not in metric_registry:
             near = difflib.get_close_matches(metric, metric_registry.keys(), n=1)

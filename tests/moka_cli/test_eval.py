@@ -249,6 +249,24 @@ def test_a_field_that_names_no_column_and_a_metric_that_is_none(tmp_path):
             check(task(tmp_path, "typo", questions(3), **{key: "qq"}))
     with pytest.raises(ConfigError, match=r"metric_list: lm-eval has no metric 'accc'; did you mean 'acc'\?"):
         check(task(tmp_path, "metric", questions(3), metric_list=[{"metric": "accc"}]))
+    with pytest.raises(ConfigError, match=r"metric_list: 'aggregaton' would go to the metric; did you mean 'aggreg"):
+        check(task(tmp_path, "key", questions(3), metric_list=[{"metric": "acc", "aggregaton": "mean"}]))
+    for metrics, told in (
+        (["bleu"], "no bleu of the answers .* multiple_choice, only nothing"),
+        (["acc", "perplexity", "bits_per_byte"], "no perplexity and no bits_per_byte of .* multiple_choice, only acc"),
+    ):
+        with pytest.raises(ConfigError, match=f"metric_list: lm-eval makes {told}"):
+            check(task(tmp_path, "kind", questions(3), metric_list=[{"metric": metric} for metric in metrics]))
+    typo = {"metric": "acc_nrom", "aggregation": "mean", "higher_is_better": True}
+    included = task(tmp_path, "included", questions(3), metric_list=[{"metric": "acc"}, typo])
+    (tmp_path / "outer.yaml").write_text(f"include: {included.name}\ntask: outer\n")
+    with pytest.raises(ConfigError, match="outer: metric_list: lm-eval makes no acc_nrom"):
+        check(tmp_path / "outer.yaml")
+    (note,) = check(task(tmp_path, "median", questions(3), metric_list=[{"metric": "acc", "aggregation": "median"}]))
+    assert note == "median: acc is aggregated by median, not as usual"
+    (tmp_path / "list.yaml").write_text("task: list\ntask_list: [{task: one}, {task: two}]\n")
+    with pytest.raises(ConfigError, match=r"list.yaml: task_list: lm-eval reads none of a file"):
+        check(tmp_path / "list.yaml")
     (note,) = check(task(tmp_path, "same", questions(3), doc_to_text="Is it?"))
     assert note == "same: every question has the same text, 'Is it?'"
 
@@ -343,7 +361,7 @@ def test_what_cannot_be_scored_is_told_before_a_model_is_read(tmp_path):
         file = task(tmp_path, name, labelled, metric_list=metrics)
         with pytest.raises(DataError, match=f"{name}: lm-eval cannot score the answers, {message}"):
             check(file)
-    with pytest.raises(ConfigError, match="other: metric_list: multiple_choice has none of perplexity"):
+    with pytest.raises(ConfigError, match="other: metric_list: lm-eval makes no perplexity of the answers"):
         check(task(tmp_path, "other", questions(2), metric_list=[{"metric": "perplexity"}]))
     (note,) = check(task(tmp_path, "alone", [{"q": "one?", "choices": ["a"], "label": 0}]))
     assert note == "alone: document 0: it has one choice only"
