@@ -117,6 +117,8 @@ class MokaConfig:
             )
         if self.lora_terms and self.identity != "none":
             raise ConfigError(f"lora_terms: expected 0 with identity={self.identity!r}; got {self.lora_terms}")
+        if self.lora_terms > self.r and not (self.shapes or self.r_pattern or self.shapes_pattern):
+            raise ConfigError(f"lora_terms: expected at most {self.r} of the terms (r); got {self.lora_terms}")
         targets = self.target_modules
         if not isinstance(targets, str):
             if not isinstance(targets, Iterable) or isinstance(targets, Mapping):

@@ -37,6 +37,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"lora_terms": -1}, "lora_terms: expected a whole number >= 0; got -1"),
     ({"lora_terms": True}, "lora_terms: expected a whole number >= 0; got True"),
     ({"lora_terms": 1, "identity": "a"}, "lora_terms: expected 0 with identity='a'; got 1"),
+    ({"lora_terms": 3, "r": 2}, "lora_terms: expected at most 2 of the terms (r); got 3"),
     ({"block_entries": None}, "block_entries: expected a whole number >= 1; got None"),
     ({"gate": "sigmoid"}, "gate: expected one of softmax, uniform; got 'sigmoid'"),
     ({"gate": ["softmax"]}, "gate: expected one of softmax, uniform; got ['softmax']"),

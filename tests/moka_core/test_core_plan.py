@@ -134,7 +134,10 @@ def test_lora_terms_come_first_and_the_balanced_shapes_have_the_others(
 
 def test_more_lora_terms_than_terms_are_refused() -> None:
     with pytest.raises(ConfigError, match=re.escape("lora_terms: expected at most 2 of the terms (r); got 3")):
-        plan_layer(MokaConfig(r=2, lora_terms=3), 8, 8)
+        MokaConfig(r=2, lora_terms=3)
+    own = MokaConfig(r=4, lora_terms=3, r_pattern=(("q_proj", 2),))
+    with pytest.raises(ConfigError, match=re.escape("lora_terms: expected at most 2 of the terms (r); got 3")):
+        own.for_layer("q_proj", 8, 8)
 
 
 @pytest.mark.parametrize("identity", ["a", "b"])
