@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy.tables
 
 Intervals are 95 % percentiles of a bootstrap that draws seeds and the questions' sources: what other seeds and another
-test of the same kind would give. A difference is taken question by question against `REFERENCE`, so that what is hard
-for both does not count. Results: results/accuracy_smollm2-135m.md, docs/accuracy.png
+test of the same kind would give. A difference is taken question by question, against `REFERENCE` or as `PAIRS` has it,
+so that what is hard for both does not count; on the test only of methods with all `SEEDS`. Results:
+results/accuracy_smollm2-135m.md, docs/accuracy.png
 """
 
 from __future__ import annotations
@@ -21,6 +22,25 @@ from benchmarks.accuracy.rows import BASE, ROWS, next_rates, read_rows
 from benchmarks.harness import note, table
 
 REFERENCE = "qlora-32"
+SEEDS = 3
+# (a method, another one, what their difference says)
+PAIRS = (
+    ("moka-recommended", "moka-paper", "the preset `recommended` for `paper`"),
+    ("moka-recommended", "qlora-wide-3", "the preset `recommended` for a LoRA of its size"),
+    ("moka-recommended", "moka-wide-3-stable", "a LoRA of rank 1 for one of three balanced terms"),
+    ("moka-wide-3-stable", "qlora-wide-3", "three balanced terms for a LoRA of their size"),
+    ("moka-wide-3-stable", "moka-wide-3-scale", "scaling by shape, scale 30, for scale 10"),
+    ("moka-paper", "moka-uniform", "a learned gate for a uniform one"),
+    ("moka-gates", "moka-paper", "gates that learn ten times as fast"),
+    ("moka-paper", "qlora-matched", "`paper` for a LoRA of its size"),
+    ("moka-paper", "lokr", "`paper` for a LoKr of its size"),
+    ("moka-stable", "moka-paper", "scaling by shape"),
+    ("moka-paper", "moka-one-shape", "five shapes for one"),
+    ("moka-paper", "moka-r5", "r=10 for r=5"),
+    ("moka-wide-10-stable", "moka-wide-3-stable", "r=10 for r=3, on five layers"),
+    ("moka-s", "moka-paper", "`paper-s` for `paper`"),
+    ("qdora-32", "qlora-32", "DoRA for LoRA"),
+)
 DRAWS = 10_000
 PICTURE = Path(__file__).parents[2] / "docs" / "accuracy.png"
 Rows = Sequence[Mapping[str, Any]]
@@ -46,14 +66,15 @@ def markdown(rows: Rows) -> str:
     parts = ["# Accuracy study", _setting(rows)]
     for task in dict.fromkeys(row["task"] for row in rows):
         parts += [f"## {task}", _base_line(rows, task), _test_table(rows, task)]
+        parts += ["Differences on the test, and on validation with its one seed:", _pairs_table(rows, task)]
         parts += ["Tries on validation: learning rate, loss of the right answers, accuracy", _tries_table(rows, task)]
     return "\n\n".join(parts) + "\n"
 
 
-def test_rows(rows: Rows, task: str, method: str) -> list[Mapping[str, Any]]:
-    """The rows of a method's test, by seed, at the learning rate that validation chose."""
+def chosen_rows(rows: Rows, task: str, method: str, split: str = "test") -> list[Mapping[str, Any]]:
+    """The rows of a method on a split, by seed, at the learning rate that validation chose."""
     _, rate = next_rates(rows, task, method)  # type: ignore[arg-type]
-    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "test")]
+    found = [row for row in rows if (row["task"], row["method"], row["split"]) == (task, method, split)]
     return sorted((row for row in found if row["rate"] == rate), key=lambda row: row["seed"])
 
 
@@ -103,16 +124,26 @@ def interval(
     return float(mean), float(low), float(high)
 
 
-def base_row(rows: Rows, task: str) -> Mapping[str, Any] | None:
-    """The row of the base alone on a task's test."""
-    found = (row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, "test"))
+def base_row(rows: Rows, task: str, split: str = "test") -> Mapping[str, Any] | None:
+    """The row of the base alone on a task's split."""
+    found = (row for row in rows if (row["task"], row["method"], row["split"]) == (task, BASE, split))
     return next(found, None)
 
 
-def sources(rows: Rows, task: str) -> Sequence[int] | None:
-    """Which questions of a task's test are about one thing, from the row of the base."""
-    found = base_row(rows, task)
+def sources(rows: Rows, task: str, split: str = "test") -> Sequence[int] | None:
+    """Which questions of a task's split are about one thing, from the row of the base."""
+    found = base_row(rows, task, split)
     return None if found is None else found.get("sources")
+
+
+def differences(own: Rows, than: Rows, alike: Sequence[int] | None) -> list[str]:
+    """Accuracy by character and loss minus another method's, with their intervals."""
+    pairs = ((answered(some, "accuracy_norm"), lost(some)) for some in (own, than))
+    accuracies, losses = zip(*pairs, strict=True)
+    return [
+        _percent(*interval(*accuracies, sources=alike), sign=True),
+        "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(*losses, sources=alike)),
+    ]
 
 
 def _setting(rows: Rows) -> str:
@@ -141,20 +172,15 @@ def _base_line(rows: Rows, task: str) -> str:
 
 
 def _test_table(rows: Rows, task: str) -> str:
-    reference, alike = test_rows(rows, task, REFERENCE), sources(rows, task)
+    reference, alike = chosen_rows(rows, task, REFERENCE), sources(rows, task)
     lines = []
     for method, what in METHODS.items():
-        own = test_rows(rows, task, method)
+        own = chosen_rows(rows, task, method)
         if not own:
             continue
-        differences: list[str | None] = [None, None]
-        if reference and method != REFERENCE:
-            pairs = ((answered(some, "accuracy_norm"), lost(some)) for some in (own, reference))
-            accuracies, losses = zip(*pairs, strict=True)
-            differences = [
-                _percent(*interval(*accuracies, sources=alike), sign=True),
-                "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(*losses, sources=alike)),
-            ]
+        minus: list[str | None] = [None, None]
+        if len(reference) >= SEEDS <= len(own) and method != REFERENCE:
+            minus = list(differences(own, reference, alike))
         lines.append(
             [
                 method,
@@ -163,15 +189,29 @@ def _test_table(rows: Rows, task: str) -> str:
                 f"{own[0]['rate']:g}",
                 len(own),
                 _percent(*interval(answered(own, "accuracy_norm"), sources=alike)),
-                differences[0],
+                minus[0],
                 f"{100 * answered(own, 'accuracy').mean():.1f}",
                 f"{lost(own).mean():.3f}",
-                differences[1],
+                minus[1],
                 f"{np.median([row['train_seconds'] for row in own]):.0f} s",
             ]
         )
     headers = ["method", "what", "trainable", "rate", "seeds", "accuracy by character, %", f"minus {REFERENCE}"]
     return table([*headers, "plain, %", "loss", f"minus {REFERENCE}", "training"], lines)
+
+
+def _pairs_table(rows: Rows, task: str) -> str:
+    lines = []
+    for one, other, about in PAIRS:
+        cells: list[str | None] = []
+        for split, least in (("test", SEEDS), ("validation", 1)):
+            own, than = (chosen_rows(rows, task, method, split) for method in (one, other))
+            enough = len(own) >= least <= len(than)
+            cells += differences(own, than, sources(rows, task, split)) if enough else [None, None]
+        if any(cells):
+            lines.append([about, f"{one} minus {other}", *cells])
+    headers = ["what", "difference", "test: accuracy, %", "loss", "validation: accuracy, %", "loss"]
+    return table(headers, lines)
 
 
 def _tries_table(rows: Rows, task: str) -> str:
@@ -201,7 +241,7 @@ def draw(rows: Rows, path: Path) -> None:
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         alike = sources(rows, task)
         for method in METHODS:
-            own = test_rows(rows, task, method)
+            own = chosen_rows(rows, task, method)
             if not own:
                 continue
             right = answered(own, "accuracy_norm")
