@@ -90,23 +90,28 @@ def run_demo(output: Path, *, steps: int) -> None:
 
 
 def demo_config(output: Path, steps: int) -> TrainConfig:
-    """The demo's training run: preset `paper`, the learning rate that a prototype found for it."""
-    from moka_jax.train import DataConfig, OptimiserConfig, TrainConfig
+    """The demo's training run: the preset `recommended` at its learning rate."""
+    from moka_jax.train import TrainConfig
 
-    return TrainConfig(
-        base=str(output / "base"),
-        output=str(output / "run"),
-        data=DataConfig(
-            train=str(output / "data" / "train.jsonl"), eval=str(output / "data" / "eval.jsonl"), max_length=128
-        ),
-        optimiser=OptimiserConfig(learning_rate=5e-3, warmup_steps=min(5, steps - 1)),
-        steps=steps,
-        batch_size=4,
-        dtype="float32",
-        remat=False,
-        eval_every=max(steps // 2, 1),
-        checkpoint_every=10,
-        seed=SEED,
+    return TrainConfig.from_dict(
+        {
+            "base": str(output / "base"),
+            "output": str(output / "run"),
+            "data": {
+                "train": str(output / "data" / "train.jsonl"),
+                "eval": str(output / "data" / "eval.jsonl"),
+                "max_length": 128,
+            },
+            "optimiser": {"warmup_steps": min(5, steps - 1)},
+            "adapter": {"preset": "recommended"},
+            "steps": steps,
+            "batch_size": 4,
+            "dtype": "float32",
+            "remat": False,
+            "eval_every": max(steps // 2, 1),
+            "checkpoint_every": 10,
+            "seed": SEED,
+        }
     )
 
 
