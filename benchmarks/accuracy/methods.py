@@ -40,9 +40,9 @@ class Method:
     tested: bool = True
 
 
-def _lora(rank: int, targets: list[str], **options: Any) -> Callable[[Architecture], PeftConfig]:
+def _lora(rank: int, targets: list[str], scale: int = 2, **options: Any) -> Callable[[Architecture], PeftConfig]:
     return lambda model: LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=DROPOUT, target_modules=targets, **options
+        r=rank, lora_alpha=scale * rank, lora_dropout=DROPOUT, target_modules=targets, **options
     )
 
 
@@ -108,6 +108,15 @@ METHODS = {
     "qdora-32": Method(about="DoRA r=32 on q, k, v, up, down", config=_lora(32, WIDE, use_dora=True), rates=LOW_RATES),
     "moka-s": Method(about="MoKA_s, preset `paper-s`", config=_moka("paper-s"), rates=MIDDLE_RATES),
     "moka-stable": Method(about="MoKA `paper`, stable scaling", config=_moka(scaling="stable"), rates=HIGH_RATES),
+    "moka-paper-scale": Method(
+        about="MoKA `paper`, scale 10", config=_moka(scale=10.0), rates=MIDDLE_RATES, tested=False
+    ),
+    "qlora-wide-3-scale": Method(
+        about="LoRA r=3 on q, k, v, up, down, alpha = 20r",
+        config=_lora(3, WIDE, scale=20),
+        rates=LOW_RATES,
+        tested=False,
+    ),
     "moka-one-shape": Method(
         about="MoKA r=10, one shape, on q, v", config=_moka(num_shapes=1), rates=HIGH_RATES, tested=False
     ),

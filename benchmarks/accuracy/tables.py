@@ -27,6 +27,9 @@ SEEDS = 3
 PAIRS = (
     ("moka-recommended", "moka-paper", "the preset `recommended` for `paper`"),
     ("moka-recommended", "qlora-wide-3", "the preset `recommended` for a LoRA of its size"),
+    ("moka-wide-3-scale", "moka-paper", "r=3 on five layers, scale 10, for r=10 on two"),
+    ("moka-paper-scale", "moka-paper", "scale 10, on the two layers"),
+    ("qlora-wide-3-scale", "qlora-wide-3", "alpha 20r for 2r"),
     ("moka-recommended", "moka-wide-3-stable", "a LoRA of rank 1 for one of three balanced terms"),
     ("moka-wide-3-stable", "qlora-wide-3", "three balanced terms for a LoRA of their size"),
     ("moka-wide-3-stable", "moka-wide-3-scale", "scaling by shape, scale 30, for scale 10"),
