@@ -191,7 +191,8 @@ def dequantise_nf4(weight: Nf4Weight, start: int = 0, stop: int | None = None) -
     """The weight that the codes stand for: level[code]·scale of its block; (out, in), float32.
 
     Args:
-        start, stop: rows to decode, all by default; what is decoded in parts is the same bit for bit.
+        start: the first row to decode; what is decoded in parts is the same bit for bit.
+        stop: the row after the last one; None for all.
 
     >>> packed = quantise_nf4(np.linspace(-1, 1, 192, dtype=np.float32).reshape(4, 48))
     >>> bool((dequantise_nf4(packed, 1, 3) == dequantise_nf4(packed)[1:3]).all())

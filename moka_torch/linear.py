@@ -31,8 +31,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer and any number of mixtures on it: y = base(x) + Σ_adapters ΔW dropout(x).
 
     Holds for every adapter name n, with the shape groups g of its plan:
-    moka_factor_a[n][str(g)] is (copies, a_out, a_in), moka_factor_b[n][str(g)] is (copies, b_out, b_in),
-    moka_gate_logits[n] is (terms,); scaling[n] is what multiplies ΔW, its config's scale at first. What is a fixed
+    `moka_factor_a[n][str(g)]` is (copies, a_out, a_in), `moka_factor_b[n][str(g)]` is (copies, b_out, b_in),
+    `moka_gate_logits[n]` is (terms,); `scaling[n]` is what multiplies ΔW, its config's scale at first. What is a fixed
     identity, or the gate of an ungated mixture, is absent.
     With PEFT's key handling this gives the names of the file format, `<path>.moka_factor_a.<group>`.
 
@@ -221,7 +221,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             execution: for this call, in place of the layer's own.
             adapter_names: one for each sample of x, the first axis: the adapter to use on it, or "__base__" for none,
                 in place of the active ones. An adapter that this layer does not have counts as none here.
-            args, kwargs: what the base layer takes besides x.
+            args: what the base layer takes besides x.
+            kwargs: likewise, by name.
 
         Raises:
             ConfigError: there are more or fewer `adapter_names` than samples, or an adapter is merged. Or the

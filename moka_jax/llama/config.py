@@ -32,10 +32,13 @@ class RopeConfig:
         original_max_position: the context of the first training, from where on "dynamic" and "longrope" depend on the
             length of a text, and by which "llama3" and "yarn" tell low frequencies from high ones.
         attention_factor: multiplies cosines and sines ("yarn", "longrope").
-        low_freq_factor, high_freq_factor: the bounds of "llama3".
-        beta_fast, beta_slow, truncate: the bounds of "yarn", and whether they are rounded outward.
-        short_factor, long_factor: what "longrope" divides each frequency by, in texts up to original_max_position and
-            in longer ones.
+        low_freq_factor: the lower bound of "llama3".
+        high_freq_factor: the upper one.
+        beta_fast: the bound of "yarn" for fast turns.
+        beta_slow: that for slow ones.
+        truncate: whether both are rounded outward.
+        short_factor: what "longrope" divides each frequency by, in texts up to original_max_position.
+        long_factor: the same in longer ones.
         partial: the part of each head that "proportional" turns.
     """
 

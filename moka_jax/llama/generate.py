@@ -133,14 +133,20 @@ def stream(
     """The tokens of `generate`, each as soon as it is there.
 
     Args:
-        model, prompts, max_new_tokens, stop_tokens, sampling, row_keys: see `generate`.
+        model: see `generate`, as for all others.
+        prompts: of tokens.
+        max_new_tokens: of each prompt.
+        stop_tokens: end a row.
+        sampling: how a token is chosen.
+        row_keys: of the random numbers of each row.
 
     Returns:
         An iterator over the new tokens of one prompt; over lists of one entry a row for several prompts, None standing
         for a row that has ended. It ends when all rows have.
 
     Raises:
-        The errors of `generate`, those about the arguments at once.
+        ConfigError: see `generate`; what is wrong with the arguments is told at once.
+        DataError: likewise.
     """
     rows, single = _as_rows(prompts)
     steps = _start(
@@ -182,7 +188,8 @@ def check_prompts(
 
     Args:
         config: of the model; its weights are not needed.
-        prompts, max_new_tokens: see `generate`.
+        prompts: see `generate`.
+        max_new_tokens: see `generate`.
         single: there is one prompt only, which an error need not name.
 
     Raises:

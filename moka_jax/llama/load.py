@@ -62,7 +62,8 @@ def load_llama(
     Args:
         base: an opened model folder (`conversion.open_base`).
         dtype: of activations and products; dense weights are held in it too, norms in float32.
-        remat, attend: see `Llama`.
+        remat: see `Llama`.
+        attend: see `Llama`.
         layout: how the weights are split over a mesh; None holds them whole on the default device.
 
     Raises:

@@ -86,7 +86,9 @@ def filter_logits(
 
     Args:
         logits: (…, vocab), float32.
-        temperature, top_k, top_p: see `Sampling`.
+        temperature: see `Sampling`.
+        top_k: see `Sampling`.
+        top_p: see `Sampling`.
 
     Returns:
         (…, vocab), float32; the largest is 0.

@@ -57,7 +57,8 @@ class OptimiserConfig:
         final_fraction: f, 0 <= f <= 1; 0 if None. "constant" does not read it.
         weight_decay: decoupled decay of every trained entry, at least 0.
         clip_norm: longest gradient over all trained entries; None for no clipping.
-        b1, b2: decay of the moments, 0 <= b < 1.
+        b1: decay of the first moment, 0 <= b1 < 1.
+        b2: decay of the second one, 0 <= b2 < 1.
         eps: added to the root of the second moment, above 0.
 
     Raises:
