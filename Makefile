@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNIX := .venv-tunix
 
-.PHONY: help install demo test test-peft test-tunix test-all lint format clean
+.PHONY: help install demo docs test test-peft test-tunix test-all lint format clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -20,6 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install    ## fine-tune a real model in JAX, take the adapter to PyTorch, prove that both agree
 	$(BIN)/moka demo
+
+docs: install    ## the documentation as a site in build/site; no warning passes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: install    ## the default tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
