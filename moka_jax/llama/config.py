@@ -56,11 +56,6 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     partial: float = 1.0
 
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether a text beyond `original_max_position` turns its first positions by other angles than a short one."""
-        return self.kind in ("dynamic", "longrope")
-
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> RopeConfig:
         """The rotary settings; transformers 5 writes `rope_parameters`, earlier versions `rope_scaling`.
