@@ -27,7 +27,6 @@ from moka_core import (
     AdapterError,
     Architecture,
     ConfigError,
-    KronShape,
     LayerPlan,
     ModelError,
     MokaConfig,
@@ -37,6 +36,7 @@ from moka_core import (
     preset,
 )
 from moka_core.paths import no_folder
+from moka_core.plan import lora_shape
 
 if TYPE_CHECKING:
     from conversion import BaseFolder
@@ -176,7 +176,7 @@ def with_lora_terms(config: MokaConfig, terms: int) -> MokaConfig:
         )
 
     def extended(plan: LayerPlan) -> LayerPlan:
-        mine = KronShape(1, plan.in_features, plan.out_features, 1)
+        mine = lora_shape(plan.out_features, plan.in_features)
         others = tuple(group for group in plan.groups if group.shape != mine)
         copies = terms + sum(group.copies for group in plan.groups if group.shape == mine)
         return dataclasses.replace(plan, groups=(ShapeGroup(mine, copies), *others))

@@ -191,6 +191,11 @@ def block_shape(out_features: int, in_features: int, *, entries: int, identity: 
     return KronShape(*fixed, *stored) if identity == "a" else KronShape(*stored, *fixed)
 
 
+def lora_shape(out_features: int, in_features: int) -> KronShape:
+    """(1 x in) ⊗ (out x 1): the shape of `lora_terms`, c of which are a LoRA of rank c."""
+    return KronShape(1, in_features, out_features, 1)
+
+
 def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> LayerPlan:
     """The shape groups that `config` gives to a linear layer of shape (out, in).
 
@@ -213,7 +218,7 @@ def plan_layer(config: MokaConfig, out_features: int, in_features: int) -> Layer
         shape = block_shape(out_features, in_features, entries=config.block_entries, identity=config.identity)
         groups = [ShapeGroup(shape, config.r)]
     else:
-        outer, others = KronShape(1, in_features, out_features, 1), config.r - config.lora_terms
+        outer, others = lora_shape(out_features, in_features), config.r - config.lora_terms
         if others < 0:
             raise ConfigError(f"lora_terms: expected at most {config.r} of the terms (r); got {config.lora_terms}")
         shapes = balanced_shapes(out_features, in_features)

@@ -135,10 +135,12 @@ class AdapterSettings:
         Raises:
             ConfigError: a fresh adapter differs from its preset in more than targets, dropout and how it is computed.
         """
-        rate = None if self.preset is None or self.start is not None else PRESETS[self.preset].learning_rate
+        if self.preset is None or self.start is not None:
+            return None
+        rate = PRESETS[self.preset].learning_rate
         if rate is None:
             return None
-        own, others = self.moka_config(), preset(self.preset or "")
+        own, others = self.moka_config(), preset(self.preset)
         differing = [
             f"adapter.{name}"
             for name in self.overrides
