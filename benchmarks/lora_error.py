@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import RESULTS, describe, environment, file_name, note, numbers, table, write_results
-from conversion import load_adapter
+from conversion import load_adapter, open_base
 from conversion.lora import export_lora
 from conversion.low_rank import FactoredDelta, relative_errors, singular_values
 from moka_cli.lora import measure_logits
@@ -82,7 +82,8 @@ def _logits(arguments: argparse.Namespace, adapter: Adapter) -> list[dict[str, A
             note(f"LoRA of rank {rank}")
             reports.append(export_lora(adapter, target, rank=rank))
         note("logits")
-        measured = measure_logits(arguments.base, arguments.adapter, folders, quantise=arguments.quantise)
+        base = open_base(arguments.base, quantise=arguments.quantise)
+        measured = measure_logits(base, arguments.adapter, folders)
     return [
         {
             "rank": report.rank,

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Column, Table
 
+from moka_cli.bases import open_held
 from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Adapter, AdapterError, ConfigError
 
 if TYPE_CHECKING:
+    from conversion import BaseFolder
     from conversion.logits_error import LogitsError
     from conversion.lora import LoraLayer, LoraReport
 
@@ -50,16 +52,17 @@ def run_lora(
         )
     loaded = load_adapter(adapter)
     found: list[LogitsError] = []
-    held, linear_layers = loaded.quantisation(quantise), None
+    opened = linear_layers = None
     if base is not None:
-        linear_layers = base_layers(loaded, base, quantise=held, allow_other_base=allow_other_base)
+        opened = open_held(base, quantise, loaded)
+        linear_layers = base_layers(loaded, opened, allow_other_base=allow_other_base)
         loaded = dataclasses.replace(loaded, base_model=os.path.abspath(base))
     with console.status("approximating") as status:
 
         def measure(draft: Path, report: LoraReport) -> None:
-            if base is not None:
+            if opened is not None:
                 status.update("comparing logits")
-                found.extend(measure_logits(base, adapter, [draft], quantise=held, allow_other_base=allow_other_base))
+                found.extend(measure_logits(opened, adapter, [draft], allow_other_base=allow_other_base))
 
         report = export_lora(
             loaded,
@@ -78,7 +81,7 @@ def run_lora(
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
     values: dict[str, Any] = report.to_dict()
     for measured in found:
-        values["logits"] = {**measured.to_dict(), "quantise": held}
+        values["logits"] = {**measured.to_dict(), "quantise": opened and opened.quantisation}
         console.print(logits_table(measured))
     write_json(json_file, values)
     console.print(
@@ -90,19 +93,16 @@ def run_lora(
     )
 
 
-def base_layers(adapter: Adapter, base: Path, *, quantise: str, allow_other_base: bool) -> list[str]:
+def base_layers(adapter: Adapter, base: BaseFolder, *, allow_other_base: bool) -> list[str]:
     """The paths of the base's linear layers.
 
     Raises:
-        ConfigError: another word for `quantise` than `open_base` takes.
         AdapterError: the adapter belongs to another base, or adapts a layer that this one does not have.
     """
-    from conversion import open_base
     from moka_core import Architecture, check_base
 
-    opened = open_base(base, quantise=quantise)  # type: ignore[arg-type]
-    check_base(adapter.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)
-    known = Architecture.from_hf_config(opened.config).linear_layers()
+    check_base(adapter.base_fingerprint, base.fingerprint, allow_other_base=allow_other_base)
+    known = Architecture.from_hf_config(base.config).linear_layers()
     foreign = [
         path
         for path, layer in adapter.layers.items()
@@ -110,30 +110,30 @@ def base_layers(adapter: Adapter, base: Path, *, quantise: str, allow_other_base
     ]
     if foreign:
         raise AdapterError(
-            f"--base {base}: expected a base with every layer of this adapter; it has no {foreign[0]} of "
+            f"--base {base.folder}: expected a base with every layer of this adapter; it has no {foreign[0]} of "
             f"{adapter.layers[foreign[0]].plan.key}" + (f", and {len(foreign) - 1} more" if foreign[1:] else "")
         )
     return list(known)
 
 
 def measure_logits(
-    base: Path,
+    base: BaseFolder,
     adapter: Path,
     loras: Sequence[str | os.PathLike[str]],
     *,
-    quantise: str,
     allow_other_base: bool = False,
 ) -> list[LogitsError]:
     """What each LoRA folder loses of the adapter in logits, by PEFT on the same base and tokens."""
-    from conversion import open_base
     from conversion.logits_error import logits_error
     from conversion.parity import token_batches
     from moka_torch.adapter_logits import adapter_logits
 
-    vocab_size = open_base(base).config["vocab_size"]
-    batches = token_batches(base, vocab_size, count=BATCHES, batch_size=BATCH_SIZE, length=LENGTH, seed=0)
+    vocab_size = base.config["vocab_size"]
+    batches = token_batches(base.folder, vocab_size, count=BATCHES, batch_size=BATCH_SIZE, length=LENGTH, seed=0)
     tokens = [batch.tokens for batch in batches]
-    found = adapter_logits(base, [adapter, *loras], tokens, quantise=quantise, allow_other_base=allow_other_base)
+    found = adapter_logits(
+        base.folder, [adapter, *loras], tokens, quantise=base.quantise, allow_other_base=allow_other_base
+    )
     alone, adapted = next(found), next(found)
     return [logits_error(alone, adapted, logits) for logits in found]
 

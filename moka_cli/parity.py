@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from moka_cli.bases import open_held
 from moka_cli.figures import check_json, text_console, write_json
 
 if TYPE_CHECKING:
@@ -18,16 +19,20 @@ DISAGREE = 3  # the exit status: 1 is for what could not be compared, 2 for a wr
 _NAMES = {"JAX": "JAX", "PyTorch": "PyTorch (PEFT, bitsandbytes)", "float64": "the definition in float64 (NumPy)"}
 
 
-def run_parity(adapter: Path, base: Path, *, json_file: Path | None, trace: bool, **options: Any) -> None:
+def run_parity(
+    adapter: Path, base: Path, *, quantise: str | None, json_file: Path | None, trace: bool, **options: Any
+) -> None:
     """Compare, print the table, and exit with status 3 if a figure exceeds its bound.
 
     Args:
+        quantise: see `check_parity`; another than that of a packed base is refused.
         trace: print the difference of every module, too.
         options: of `conversion.parity.check_parity`.
     """
     check_json(json_file)
     console = text_console(json_file)
-    report = check(adapter, base, console=console, trace=trace, **options)
+    open_held(base, quantise)
+    report = check(adapter, base, console=console, quantise=quantise, trace=trace, **options)
     if trace:
         console.print(modules_table(report))
     console.print(parity_table(report))

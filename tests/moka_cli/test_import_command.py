@@ -274,8 +274,10 @@ def test_a_packed_base_is_taken_as_it_is_packed_or_refused(base, lora, tmp_path,
     assert call("import", *start) == 0
     adapter = load_adapter(tmp_path / "out")
     assert adapter.base_quantisation == "nf4"
-    assert call("merge", tmp_path / "out", tmp_path / "merged", "--base", packed, "--quantise", "none") == 1
-    assert "--quantise none" in capsys.readouterr().err
+    for command in (("merge", tmp_path / "merged"), ("lora", tmp_path / "as-lora", "--rank", 4), ("parity",)):
+        name, *rest = command
+        assert call(name, tmp_path / "out", *rest, "--base", packed, "--quantise", "none") == 1
+        assert f"--quantise none: {packed} is packed already, as nf4" in capsys.readouterr().err
     trained_elsewhere = dataclasses.replace(adapter, base_quantisation="none")
     for value in (None, adapter, trained_elsewhere):
         assert open_held(packed, None, value).quantisation == open_held(packed, "nf4", value).quantisation == "nf4"
