@@ -152,7 +152,7 @@ class BaseFolder:
         return "nf4-double" if any(name.endswith(".nested_absmax") for name in self.files) else "nf4"
 
     def tensor(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor as it stands in the file, or some of its rows; of the file no more is held than that.
+        """One tensor in the shape and dtype of the file, or some of its rows; of the file no more is held than that.
 
         Raises:
             ModelError: there is none of that name, or its file cannot be read.
@@ -313,7 +313,7 @@ class BaseFolder:
         return True
 
     def weight(self, name: str) -> np.ndarray | Nf4Weight:
-        """One tensor of `specs`: as it stands if packed, packed if it is to be, dense otherwise.
+        """One tensor of `specs`, in its shape: as it stands if packed, packed if it is to be, dense otherwise.
 
         Raises:
             ModelError: there is none of that name, it cannot be read or packed, or has NaN or infinite entries.

@@ -39,10 +39,12 @@ class KronShape:
 
     @property
     def out_features(self) -> int:
+        """a_out·b_out, the rows of A ⊗ B."""
         return self.a_out * self.b_out
 
     @property
     def in_features(self) -> int:
+        """a_in·b_in, its columns."""
         return self.a_in * self.b_in
 
     def parameters(self, identity: Identity = "none") -> int:
@@ -73,11 +75,20 @@ class ShapeGroup:
         return self.copies, rows, columns
 
     def to_list(self) -> list[int]:
+        """[copies, a_out, a_in, b_out, b_in], as it stands in a config."""
         shape = self.shape
         return [self.copies, shape.a_out, shape.a_in, shape.b_out, shape.b_in]
 
     @classmethod
     def from_list(cls, row: Sequence[int], *, where: str) -> ShapeGroup:
+        """The group that `to_list` wrote.
+
+        Args:
+            where: what an error names.
+
+        Raises:
+            ConfigError: it is no list of five whole numbers of 1 or more.
+        """
         if not isinstance(row, (list, tuple)) or len(row) != 5:
             raise ConfigError(f"{where}: expected [copies, a_out, a_in, b_out, b_in]; got {row!r}")
         copies, *dims = row
@@ -122,6 +133,7 @@ class LayerPlan:
 
     @property
     def terms(self) -> int:
+        """The number of terms, r."""
         return sum(group.copies for group in self.groups)
 
     def term_shapes(self) -> list[KronShape]:

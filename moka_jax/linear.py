@@ -224,6 +224,10 @@ def with_dropout_key(model: nnx.Module, key: jax.Array) -> nnx.Module:
 
     Meant for a model that was merged inside the function being differentiated: dropout is then a pure function
     of the key, and a resumed run draws the masks that an uninterrupted one would have drawn.
+
+    Args:
+        model: changed in place.
+        key: a scalar PRNG key, as `jax.random.key` makes it.
     """
     index = 0
     for _, module in nnx.iter_modules(model):

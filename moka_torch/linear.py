@@ -464,6 +464,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         return "moka." + super().__repr__()
 
     def extra_repr(self) -> str:
+        """The adapters' shapes, for printing."""
         plans = ", ".join(f"{name}: {' + '.join(map(_brief, plan.groups))}" for name, plan in self.moka_plan.items())
         return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
 

@@ -188,7 +188,7 @@ def check_prompts(
 
     Args:
         config: of the model; its weights are not needed.
-        prompts: see `generate`.
+        prompts: the tokens of each, (length,); see `generate`.
         max_new_tokens: see `generate`.
         single: there is one prompt only, which an error need not name.
 

@@ -191,6 +191,7 @@ class Llama(nnx.Module):
 
     @property
     def architecture(self) -> Architecture:
+        """The dimensions that shape plans are made from."""
         return self.config.architecture
 
     def __call__(
