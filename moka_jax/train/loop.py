@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from moka_jax.train.checkpoint import CheckpointError, Checkpoints, checkpoint_s
 from moka_jax.train.clock import Clock
 from moka_jax.train.config import TrainConfig
 from moka_jax.train.data import Dataset, load_dataset
+from moka_jax.train.gates import gate_values
 from moka_jax.train.interrupt import Interrupt
 from moka_jax.train.metrics import MetricsLog
 from moka_jax.train.optimiser import make_optimiser
@@ -170,6 +173,7 @@ def train(
             config=config,
             train_step=run_step(graphdef, optimiser, config, layout=layout),
             eval_step=make_eval_step(graphdef),
+            graphdef=graphdef,
             frozen=frozen,
             layout=layout,
             held_out=held_out,
@@ -213,6 +217,7 @@ class _Run:
     config: TrainConfig
     train_step: Callable[[TrainState, nnx.State, Arrays], tuple[TrainState, Metrics]]
     eval_step: Callable[[nnx.State, nnx.State, Arrays], tuple[jax.Array, jax.Array]]
+    graphdef: nnx.GraphDef
     frozen: nnx.State
     layout: Layout | None
     held_out: Dataset | None
@@ -224,7 +229,9 @@ class _Run:
     profiler: Profiler
 
     def announce(self, learn: Dataset, resumed_from: int | None, damaged: Mapping[int, str]) -> None:
-        """Say what is learned from, and where the run goes on; record it once."""
+        """Say what is learned from, and where the run goes on, and record it."""
+        if not self.has_ended(resumed_from or 0, self.standing()[1]):
+            self._write({"kind": "start", "step": resumed_from or 0, **_surroundings()})
         packed = f"; packed into rows of {self.config.data.max_length}" if self.config.data.packing else ""
         for split, dataset in (("train", learn), ("eval", self.held_out)):
             if dataset is None:
@@ -273,6 +280,8 @@ class _Run:
                         self._evaluate(step, state, clock, interrupt)
                         best, gains_nothing = self.standing()
                     ended = self.has_ended(step, gains_nothing)
+                    if ended or step % config.checkpoint_every == 0:
+                        self._record_gates(step, state)
                     stop = any_process(interrupt.requested)
                     if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
                         self._check_skipped(step, metrics)
@@ -349,6 +358,14 @@ class _Run:
         self._write(record)
         self.report.train(record, seconds_left=seconds_a_step * (self.config.steps - step))
 
+    def _record_gates(self, step: int, state: TrainState) -> None:
+        """Record the gates, if the adapter has any; once for each step."""
+        last = self.log.last("gates")
+        if last is None or last["step"] != step:
+            gates = gate_values(self.graphdef, state.adapter, self.frozen)
+            if gates:
+                self._write({"kind": "gates", "step": step, "gates": gates})
+
     def _check_skipped(self, step: int, metrics: Metrics) -> None:
         """End the run if too many steps up to this one were skipped; waits for the step to be finished."""
         in_a_row = int(metrics.get("skipped_in_a_row", 0))
@@ -393,6 +410,17 @@ class _Run:
 
 _STOPPING = "stopping after this step; press Ctrl-C again, or repeat the signal, to stop at once, without a checkpoint"
 _WAY_OUT = "lower optimiser.learning_rate, lengthen optimiser.warmup_steps, or look at the data"
+
+
+def _surroundings() -> dict[str, Any]:
+    """What a start record tells of the machine and the packages."""
+    packages = ("moka", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
 
 
 def _beside(frozen: nnx.State, state: TrainState) -> TrainState:

@@ -4,10 +4,12 @@ Every record has a kind and a step:
 
 | kind | what it tells |
 |---|---|
+| start | the run began, or went on, after this step: versions of the packages, devices, processes |
 | data | the examples of a split: how many, how many tokens, how many of them learned, how many cut |
 | train | a step: loss, learning rate, gradient norm before clipping, learned tokens, tokens a second, skipped so far |
 | skip | a step that changed nothing, and why; only steps that `log_every` lets through have a record |
 | eval | the held-out loss after a step |
+| gates | softmax(gate_logits) of every layer, before the first step, every `checkpoint_every` steps and in the end |
 | fallback | the run went on from this step, since the newer checkpoints that are named were damaged |
 """
 
@@ -19,12 +21,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moka_core import DataError
 
-KINDS = ("data", "train", "skip", "eval", "fallback")
+KINDS = ("start", "data", "train", "skip", "eval", "gates", "fallback")
 
 
 class MetricsLog:
@@ -116,10 +119,15 @@ def plot_losses(metrics: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     Raises:
         DataError: there is no loss to draw.
     """
-    records = list(metrics)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    draw_losses(metrics, figure.add_subplot())
+    figure.savefig(path, dpi=150)
+
+
+def draw_losses(metrics: Iterable[Mapping[str, Any]], axes: Axes) -> None:
+    """Draw the same into axes of matplotlib's."""
+    records = list(metrics)
     drawn = 0
     for kind, label, style in (("train", "training", "-"), ("eval", "held out", "o-")):
         points = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
@@ -132,7 +140,6 @@ def plot_losses(metrics: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     axes.set_ylabel("loss per learned token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ from flax import nnx
 from rich.console import Console
 
 from moka_core import ConfigError, DataError, MokaConfig
-from moka_jax import MokaParam
+from moka_core.oracle import term_gates
+from moka_jax import MokaParam, export_adapter
 from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train import (
     CheckpointError,
@@ -60,22 +61,28 @@ def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, Toy
     result, _, printed = whole
     records = read_metrics(result.metrics)
     assert [(r["kind"], r["step"]) for r in records] == [
+        ("start", 0),
         ("data", 0),
         ("data", 0),
         ("eval", 0),
+        ("gates", 0),
         *(("train", step) for step in (1, 2, 3)),
         ("eval", 3),
-        *(("train", step) for step in (4, 5, 6)),
+        ("train", 4),
+        ("gates", 4),
+        *(("train", step) for step in (5, 6)),
         ("eval", 6),
         ("train", 7),
         ("eval", 7),
+        ("gates", 7),
     ]
     held = [record["loss"] for record in records if record["kind"] == "eval"]
     assert held[-1] < held[0]
     assert (result.step, result.interrupted, result.resumed_from) == (7, False, None)
-    assert (result.train_loss, result.eval_loss) == (records[-2]["loss"], held[-1])
-    assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(records[3])
-    seconds = [record["seconds"] for record in records[2:]]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert (result.train_loss, result.eval_loss) == (trained[-1]["loss"], held[-1])
+    assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(trained[0])
+    seconds = [record["seconds"] for record in records if record["kind"] in ("train", "eval")]
     assert seconds == sorted(seconds)
     # after steps 3 and 6, too, the held-out loss was the lowest so far
     assert sorted(path.name for path in result.checkpoints.iterdir()) == ["6", "7"]
@@ -84,6 +91,16 @@ def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, Toy
     assert "train.jsonl: 13 examples, 201 of 581 tokens learned, longest 60, 0 cut at data.max_length 96" in lines[0]
     assert any(line.startswith("step 5/7  loss ") and "tokens/s" in line and "left 0:" in line for line in lines)
     assert lines[-1] == f"step 7/7  held-out loss {held[-1]:.4f}"
+
+
+def test_the_gates_of_the_records_are_those_of_the_adapter(whole: tuple[TrainResult, ToyModel, str]) -> None:
+    result, model, _ = whole
+    records = {r["step"]: r["gates"] for r in read_metrics(result.metrics) if r["kind"] == "gates"}
+    for step, adapter in {0: export_adapter(make_model()), 7: export_adapter(model)}.items():
+        assert records[step].keys() == adapter.layers.keys()
+        for path, layer in adapter.layers.items():
+            assert records[step][path] == pytest.approx(term_gates(layer, adapter.config), abs=1e-6)
+    assert all(records[0][path] != pytest.approx(records[7][path], abs=1e-3) for path in records[0])
 
 
 def test_the_model_holds_the_adapter_that_was_evaluated_last(whole: tuple[TrainResult, ToyModel, str]) -> None:
@@ -392,7 +409,7 @@ def test_a_number_that_is_not_finite_is_no_metric(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"kind": "train", "step": 1}\n{oops}\n', "m.jsonl:2: not valid JSON: .*; delete that line"),
-        ('{"kind": "tram", "step": 1}\n', "m.jsonl:1: expected an object with a kind of data, train, skip"),
+        ('{"kind": "tram", "step": 1}\n', "m.jsonl:1: expected an object with a kind of start, data, train, skip"),
         ('{"kind": "train"}\n', "m.jsonl:1: expected an object with a kind"),
         ("[1]\n", "m.jsonl:1: expected an object"),
         ('{"kind": "train", "step": 1}', "m.jsonl:1: the last line is cut off; resume the run, or delete that line"),
