@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moka_cli.demo_base import prepare_base
@@ -20,6 +21,7 @@ from moka_cli.demo_data import write_splits
 from moka_cli.generate import prompt_tokens, stop_tokens
 from moka_cli.parity import check, parity_table, print_verdict
 from moka_cli.pictures import plot_gates
+from moka_cli.report import Completion, write_report
 from moka_cli.train import attach_fresh, load_run_model, load_tokenizer
 from moka_core import Adapter, ConfigError
 
@@ -51,7 +53,7 @@ class Timer:
 
 
 def run_demo(output: Path, *, steps: int) -> None:
-    """Every stage, reusing what an earlier run has finished; leaves report.json, pictures, adapter and metrics."""
+    """Every stage, reusing what an earlier run has finished; leaves a page, figures, pictures, adapter, metrics."""
     from conversion.new_folder import make_folder, write_json
 
     if steps < 1:
@@ -84,7 +86,11 @@ def run_demo(output: Path, *, steps: int) -> None:
     summary = _summary(result, adapter, timer, report, before, after, same, output)
     write_json(output / "report.json", summary)
     _pictures(result, adapter, output)
-    _print(summary, report, tokenizer, output, console)
+    completions = _completions(summary, tokenizer, eval_file)
+    write_report(
+        output / "report.html", output / "run", adapter, result.step, parity=summary["parity"], completions=completions
+    )
+    _print(summary, report, completions, output, console)
     if not (report.passed and same):
         raise SystemExit(1)
 
@@ -237,8 +243,25 @@ def _pictures(result: TrainResult, adapter: Adapter, output: Path) -> None:
         plot_gates(adapter, draft)
 
 
+def _completions(summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eval_file: Path) -> list[Completion]:
+    """What the model wrote before and after, beside what stands in the held-out examples."""
+
+    def text(when: str, prompt: str) -> str:
+        return str(tokenizer.decode(summary["completions"][when][prompt], skip_special_tokens=True))
+
+    return [
+        Completion(
+            prompt=pair["prompt"],
+            before=text("before", pair["prompt"]),
+            after=text("after", pair["prompt"]),
+            wanted=pair["completion"],
+        )
+        for pair in _questions(eval_file)
+    ]
+
+
 def _print(
-    summary: dict[str, Any], report: ParityReport, tokenizer: PreTrainedTokenizerBase, output: Path, console: Console
+    summary: dict[str, Any], report: ParityReport, completions: list[Completion], output: Path, console: Console
 ) -> None:
     console.rule("[bold]report", align="left")
     table = Table(show_header=False)
@@ -251,14 +274,13 @@ def _print(
     table.add_row("time", f"{training:.1f} minutes of training; {session:.1f} minutes in this session")
     table.add_row("peak memory", f"{summary['peak_memory_gb_in_this_session']:.1f} GB in this session")
     console.print(table)
-    for pair in _questions(output / "data" / "eval.jsonl"):
-        prompt = pair["prompt"]
-        shown = {when: str(tokenizer.decode(summary["completions"][when][prompt])) for when in ("before", "after")}
-        console.print(f"\n[bold]{prompt}[/bold]")
-        for when, text in (*shown.items(), ("docstring", pair["completion"])):
-            console.print(f"  [dim]{when:>9}:[/dim] {' '.join(text.split())}", highlight=False, soft_wrap=True)
+    for completion in completions:
+        console.print(f"\n[bold]{escape(completion.prompt)}[/bold]")
+        shown = {"before": completion.before, "after": completion.after, "docstring": completion.wanted or ""}
+        for when, text in shown.items():
+            console.print(f"  [dim]{when:>9}:[/dim] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
     console.print()
     console.print(parity_table(report))
     print_verdict(report, console)
-    files = "report.json, loss.png, gates.png, adapter/, run/metrics.jsonl"
+    files = "report.html, report.json, loss.png, gates.png, adapter/, run/metrics.jsonl"
     console.print(f"{output}/: {files}", highlight=False, soft_wrap=True)

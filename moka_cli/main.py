@@ -105,6 +105,31 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html by default.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where the base model is now, if it was moved.")] = None,
+    checkpoint: Annotated[
+        Literal["last", "best"], typer.Option(help="The newest checkpoint, or the one of the lowest held-out loss.")
+    ] = "last",
+    parity: Annotated[Path | None, typer.Option(help="Show the figures that moka parity --json wrote.")] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="Show completions: the lines that moka generate --json wrote without --adapter.")
+    ] = None,
+    after: Annotated[Path | None, typer.Option(help="The lines of the same prompts with --adapter.")] = None,
+) -> None:
+    """Write what a run did as one page of HTML: losses, gates over time, norms of ΔW, settings, versions.
+
+    The page loads nothing from elsewhere, so it can be mailed or kept as it is. A page of an earlier call is replaced.
+
+    [dim]Example: moka report runs/first --parity parity.json[/dim]
+    """
+    from moka_cli.report import run_report
+
+    run_report(run, out=out, base=base, which=checkpoint, parity=parity, before=before, after=after)
+
+
+@app.command()
 def lora(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="LoRA folder to write; it must not exist yet.")],

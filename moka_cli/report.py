@@ -1,0 +1,289 @@
+"""`moka report`: what a run did, as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from moka_cli.inspect import Kind, analyse
+from moka_core import Adapter, DataError, PathError
+from moka_core.spectrum import LayerFigures
+
+if TYPE_CHECKING:
+    from moka_jax.train.saved import Which
+
+MARK = '<meta name="generator" content="moka report">'  # by which a page of ours is known
+_ROW = {
+    "name": str,
+    "figure": (int, float, type(None)),
+    "bound": (int, float),
+    "unit": str,
+    "worst": str,
+    "passed": bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a model wrote before and after its training, and, if known, what it should have written."""
+
+    prompt: str
+    before: str
+    after: str
+    wanted: str | None = None
+
+
+def run_report(
+    run: Path,
+    *,
+    out: Path | None,
+    base: Path | None,
+    which: Which,
+    parity: Path | None,
+    before: Path | None,
+    after: Path | None,
+) -> None:
+    """Write the page of a run, and say where it is."""
+    from moka_cli.train import trained_model
+    from moka_jax import export_adapter
+
+    target = run / "report.html" if out is None else out
+    check_target(target)
+    figures = None if parity is None else read_parity(parity)
+    completions = read_completions(before, after)
+    console = Console()
+    with console.status("reading the run"):
+        model, step = trained_model(run, base=base, which=which)
+        adapter = export_adapter(model)
+    write_report(target, run, adapter, step, parity=figures, completions=completions)
+    console.print(f"{target}: open it in a browser", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(
+    target: Path,
+    run: Path,
+    adapter: Adapter,
+    step: int,
+    *,
+    parity: Mapping[str, Any] | None = None,
+    completions: Sequence[Completion] = (),
+) -> None:
+    """Write the page of a run; an earlier page is replaced, and it is written whole or not at all.
+
+    Args:
+        run: output folder of the run.
+        adapter: of the run, after that step.
+        parity: as `ParityReport.to_dict` gives it.
+
+    Raises:
+        CheckpointError, DataError: the run's settings or metrics cannot be read.
+        PathError: the page cannot be written.
+    """
+    from conversion.new_folder import new_file
+
+    page = render(run, adapter, step, parity=parity, completions=completions)
+    with new_file(target) as draft:
+        draft.write_text(page, encoding="utf-8")
+
+
+def render(
+    run: Path, adapter: Adapter, step: int, *, parity: Mapping[str, Any] | None, completions: Sequence[Completion]
+) -> str:
+    """The page's HTML; see `write_report`."""
+    from jinja2 import Environment, StrictUndefined
+
+    from moka_cli.report_charts import data_uri, gates_figure, norms_figure, training_figure
+    from moka_jax.train import read_metrics, saved_run
+
+    settings, _ = saved_run(run)
+    records = read_metrics(run / "metrics.jsonl", allow_cut_end=True)
+    figures = analyse(adapter, rank=False)
+    gates = gates_figure(records, {path: layer.plan for path, layer in adapter.layers.items()})
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["figure"] = _figure
+    template = environment.from_string(
+        (importlib.resources.files("moka_cli") / "report.html.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        name=run.resolve().name,
+        base=settings["base"],
+        tiles=list(tiles(records, adapter, step)),
+        events=list(events(records)),
+        training=data_uri(training_figure(records)),
+        gated=adapter.config.gate != "uniform",
+        gates=None if gates is None else data_uri(gates),
+        step=step,
+        norms=data_uri(norms_figure(figures)),
+        kinds=kind_rows(figures),
+        parity=parity,
+        completions=completions,
+        settings=list(flat(settings)),
+        starts=[record for record in records if record["kind"] == "start"],
+        data=[record for record in records if record["kind"] == "data"],
+    )
+
+
+def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int) -> Iterator[tuple[str, str]]:
+    """The few numbers that say how a run went, each with its name."""
+    from moka_jax.train.stopping import best_evaluation
+
+    held_out = [record for record in records if record["kind"] == "eval"]
+    trained = [record for record in records if record["kind"] == "train"]
+    if held_out:
+        yield "held-out loss", f"{held_out[0]['loss']:.4f} → {held_out[-1]['loss']:.4f}"
+        best = best_evaluation(records)
+        if best is not None and best["step"] != held_out[-1]["step"]:
+            yield "lowest held-out loss", f"{best['loss']:.4f} after step {best['step']}"
+    if trained:
+        yield "training loss", f"{trained[0]['loss']:.4f} → {trained[-1]['loss']:.4f}"
+    yield "steps", str(max(record["step"] for record in records))
+    yield "trained parameters", f"{adapter.trainable:,} on {len(adapter.layers)} layers"
+    if trained:
+        yield "tokens a second (median)", f"{statistics.median(r['tokens_per_second'] for r in trained):,.0f}"
+    seconds = max((record.get("seconds", 0.0) for record in records), default=0.0)
+    yield "time in steps", f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    skipped = trained[-1]["skipped"] if trained else 0
+    if skipped:
+        yield "skipped steps", str(skipped)
+    yield "adapter shown", f"after step {step}"
+
+
+def events(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What happened to the run beside its steps, in words."""
+    for record in records:
+        if record["kind"] == "start" and record["step"] > 0:
+            yield f"It was stopped, and went on from step {record['step']} (a dotted line in the charts)."
+        elif record["kind"] == "fallback":
+            lost = ", ".join(str(one["step"]) for one in record["damaged"])
+            yield f"It went on from step {record['step']}, since newer checkpoints were damaged: {lost}."
+    skipped = [record for record in records if record["kind"] == "skip"]
+    if skipped:
+        shown = ", ".join(f"{record['step']} ({record['reason']})" for record in skipped[:5])
+        more = f", and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        yield f"Steps that changed nothing: {shown}{more}."
+
+
+def kind_rows(figures: Mapping[str, LayerFigures]) -> list[dict[str, Any]]:
+    """‖ΔW‖_F by kind of layer, and what training left unused."""
+    kinds: dict[Kind, list[LayerFigures]] = {}
+    for path, layer in figures.items():
+        kinds.setdefault((path.rpartition(".")[2], layer.plan), []).append(layer)
+    return [
+        {
+            "kind": kind,
+            "plan": plan.key,
+            "layers": len(layers),
+            "median": statistics.median(layer.norm for layer in layers),
+            "least": min(layer.norm for layer in layers),
+            "most": max(layer.norm for layer in layers),
+            "untrained": sum(layer.untrained for layer in layers),
+            "dead": sum(len(layer.dead) for layer in layers),
+            "repeated": sum(len(layer.repeated) for layer in layers),
+        }
+        for (kind, plan), layers in kinds.items()
+    ]
+
+
+def flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as (dotted name, JSON)."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_parity(file: Path) -> dict[str, Any]:
+    """The figures that `moka parity --json` wrote.
+
+    Raises:
+        DataError: the file cannot be read or holds something else.
+    """
+    expected = "expected the figures that moka parity --json FILE writes"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--parity {file}: {expected}; {error}") from error
+    rows = values.get("rows") if isinstance(values, dict) else None
+    if not isinstance(rows, list) or not isinstance(values.get("sides"), list) or "passed" not in values:
+        raise DataError(f"--parity {file}: {expected}; it has no rows, sides and verdict")
+    for number, row in enumerate(rows):
+        wrong = [
+            name for name, kind in _ROW.items() if not isinstance(row, dict) or not isinstance(row.get(name, ...), kind)
+        ]
+        if wrong:
+            raise DataError(f"--parity {file}: {expected}; row {number} has no {' and no '.join(wrong)}")
+    return values
+
+
+def read_completions(before: Path | None, after: Path | None) -> list[Completion]:
+    """The completions that `moka generate --json` wrote of the same prompts, without the adapter and with it.
+
+    Raises:
+        DataError: one file is missing, cannot be read or holds something else; or the prompts differ.
+    """
+    if before is None and after is None:
+        return []
+    if before is None or after is None:
+        raise DataError(
+            "--before and --after: expected both, files that moka generate --json writes of the same prompts, without "
+            "--adapter and with it; got one"
+        )
+    first, second = _lines("--before", before), _lines("--after", after)
+    if [prompt for prompt, _ in first] != [prompt for prompt, _ in second]:
+        alone = [prompt for prompt, _ in first if prompt not in dict(second)]
+        alone += [prompt for prompt, _ in second if prompt not in dict(first)]
+        told = f"only one has {alone[0]!r}" if alone else "their order differs"
+        raise DataError(f"--before {before}, --after {after}: expected the same prompts in both; {told}")
+    return [
+        Completion(prompt=prompt, before=one, after=other)
+        for (prompt, one), (_, other) in zip(first, second, strict=True)
+    ]
+
+
+def _lines(option: str, file: Path) -> list[tuple[str, str]]:
+    expected = "expected lines that moka generate --json FILE writes"
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{option} {file}: {expected}; {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+            found.append((str(value["prompt"]), str(value["completion"])))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{option} {file}: {expected}; line {number} is {line[:60]}") from None
+    if not found:
+        raise DataError(f"{option} {file}: {expected}; it is empty")
+    return found
+
+
+def check_target(target: Path) -> None:
+    """Refuse, before anything is read, a page that could not be written; a page of ours may be replaced.
+
+    Raises:
+        PathError: something else stands there, or nothing can be written there.
+    """
+    from conversion.new_folder import check_file
+
+    check_file(target)
+    if target.is_file() and MARK not in target.read_bytes()[:4096].decode("utf-8", errors="replace"):
+        raise PathError(
+            f"{target}: expected a place without a file, or a page that moka report wrote; choose another name with "
+            "--out, or remove it"
+        )
+
+
+def _figure(value: float | int | None) -> str:
+    """A number to three digits, integers whole."""
+    if value is None:
+        return "not finite"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
