@@ -87,6 +87,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "flax.md": in_flax,
     "merging.md": merged,
     "peft.md": in_torch,
+    "serving.md": in_torch,
     "warm_start.md": in_torch,
 }
 PRINTED = {
