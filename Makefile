@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNIX := .venv-tunix
 
-.PHONY: help install demo docs test test-peft test-tunix test-all lint format clean
+.PHONY: help install demo docs test test-peft test-tunix test-wheels test-all lint format clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -40,6 +40,9 @@ $(TUNIX)/.installed: pyproject.toml
 	$(TUNIX)/bin/python -m pip install --quiet "google-tunix==0.1.7" "jax==0.10.2" "flax==0.12.8" "pytest>=8.4"
 	$(TUNIX)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
+
+test-wheels: install  ## the wheel alone, in fresh environments: jax without torch, torch without jax, all
+	$(BIN)/python -m tests.wheel_suite
 
 test-all: install  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "not gpu"

@@ -29,4 +29,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
     if page.file.generated_by is not None:
         return markdown.replace("](../docs/", "](../").replace("](docs/", "](" + up)
-    return markdown.replace("](../", "](")
+    return markdown.replace("](../README.md", "](index.md").replace("](../", "](")
