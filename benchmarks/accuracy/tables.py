@@ -156,9 +156,9 @@ def _setting(rows: Rows) -> str:
     hardware = sorted({row["hardware"] for row in trained})
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in trained})
     commits = sorted({row["commit"] or "unknown" for row in trained})
-    epochs, batch = sorted({row["epochs"] for row in trained}), sorted({row["batch"] for row in trained})
+    epochs, batch = (", ".join(map(str, sorted({row[name] for row in trained}))) for name in ("epochs", "batch"))
     return (
-        f"{len(trained)} runs, {epochs} epochs, batches of {batch}, in {rows[0]['dtype']} on a base decoded from NF4 "
+        f"{len(trained)} runs; epochs: {epochs}; batches of {batch}; {rows[0]['dtype']} on a base decoded from NF4 "
         f"with double quantisation. {'; '.join(hardware)}. {'; '.join(versions)}. Commits {', '.join(commits)}."
     )
 
