@@ -106,7 +106,7 @@ def norms_figure(figures: Mapping[str, LayerFigures]) -> Figure:
     grid[0].set_ylim(bottom=0)
     grid[0].xaxis.get_major_locator().set_params(integer=True)
     grid[0].grid(alpha=0.3)
-    grid[0].legend(fontsize=8)
+    grid[0].legend(fontsize=8, ncols=4, loc="lower left")
     return figure
 
 
