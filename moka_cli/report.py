@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moka_jax.train.saved import Which
 
 MARK = '<meta name="generator" content="moka report">'  # by which a page of ours is known
-_ROW = {
+_ROW: dict[str, Any] = {
     "name": str,
     "figure": (int, float, type(None)),
     "bound": (int, float),

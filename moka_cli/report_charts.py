@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moka_cli.pictures import layer_number, panels_of
 from moka_core import LayerPlan
@@ -104,7 +105,7 @@ def norms_figure(figures: Mapping[str, LayerFigures]) -> Figure:
     grid[0].set_xlabel("layer")
     grid[0].set_ylabel("‖ΔW‖F")
     grid[0].set_ylim(bottom=0)
-    grid[0].xaxis.get_major_locator().set_params(integer=True)
+    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].grid(alpha=0.3)
     grid[0].legend(fontsize=8, ncols=4, loc="lower left")
     return figure
