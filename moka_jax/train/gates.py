@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from moka_jax.linear import MokaLinear
 from moka_jax.sites import linear_sites
+from moka_jax.train.processes import whole
 
 _DIGITS = 6  # of a number between 0 and 1 that is looked at, not computed with
 
@@ -25,13 +24,9 @@ def gate_values(graphdef: nnx.GraphDef, *states: nnx.State) -> dict[str, list[fl
     for site in linear_sites(nnx.merge(graphdef, *states)):
         if not isinstance(site.module, MokaLinear) or site.module.gate_logits is None:
             continue
-        logits = _on_host(site.module.gate_logits[...]).astype(np.float64)
+        logits = whole(site.module.gate_logits[...]).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         rows = weights[None] if site.layers is None else weights
         found |= {name: [round(float(w), _DIGITS) for w in row] for name, row in zip(site.names, rows, strict=True)}
     return found
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))

@@ -280,8 +280,10 @@ class _Run:
                         self._evaluate(step, state, clock, interrupt)
                         best, gains_nothing = self.standing()
                     ended = self.has_ended(step, gains_nothing)
-                    if ended or step % config.checkpoint_every == 0:
-                        self._record_gates(step, state)
+                    if step % config.checkpoint_every == 0 and not self._evaluation_is_due(step):
+                        self._record_gates(
+                            step, state
+                        )  # not if the evaluation was interrupted, and will be made up for
                     stop = any_process(interrupt.requested)
                     if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
                         self._check_skipped(step, metrics)
@@ -415,9 +417,14 @@ _WAY_OUT = "lower optimiser.learning_rate, lengthen optimiser.warmup_steps, or l
 def _surroundings() -> dict[str, Any]:
     """What a start record tells of the machine and the packages."""
     packages = ("moka", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # of a source tree that was never installed
+            versions[name] = "unknown"
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }

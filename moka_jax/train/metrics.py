@@ -9,7 +9,7 @@ Every record has a kind and a step:
 | train | a step: loss, learning rate, gradient norm before clipping, learned tokens, tokens a second, skipped so far |
 | skip | a step that changed nothing, and why; only steps that `log_every` lets through have a record |
 | eval | the held-out loss after a step |
-| gates | softmax(gate_logits) of every layer, before the first step, every `checkpoint_every` steps and in the end |
+| gates | softmax(gate_logits) of every layer, before the first step and after every `checkpoint_every` of them |
 | fallback | the run went on from this step, since the newer checkpoints that are named were damaged |
 """
 
@@ -33,7 +33,8 @@ KINDS = ("start", "data", "train", "skip", "eval", "gates", "fallback")
 class MetricsLog:
     """A metrics file that a run appends to.
 
-    Holds: every line is complete and on disk as far as the operating system is concerned; no step stands twice.
+    Holds: every line is complete and on disk as far as the operating system is concerned; no step stands
+    twice, but for the starts.
 
     Args:
         path: the file.

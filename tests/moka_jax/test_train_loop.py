@@ -74,7 +74,6 @@ def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, Toy
         ("eval", 6),
         ("train", 7),
         ("eval", 7),
-        ("gates", 7),
     ]
     held = [record["loss"] for record in records if record["kind"] == "eval"]
     assert held[-1] < held[0]
@@ -93,14 +92,29 @@ def test_a_run_writes_every_record_once_and_learns(whole: tuple[TrainResult, Toy
     assert lines[-1] == f"step 7/7  held-out loss {held[-1]:.4f}"
 
 
-def test_the_gates_of_the_records_are_those_of_the_adapter(whole: tuple[TrainResult, ToyModel, str]) -> None:
-    result, model, _ = whole
+def test_the_gates_of_the_records_are_those_of_the_adapter(tmp_path: Path) -> None:
+    result, model, _ = run(tmp_path, checkpoint_every=7)
     records = {r["step"]: r["gates"] for r in read_metrics(result.metrics) if r["kind"] == "gates"}
+    assert records.keys() == {0, 7}
     for step, adapter in {0: export_adapter(make_model()), 7: export_adapter(model)}.items():
         assert records[step].keys() == adapter.layers.keys()
         for path, layer in adapter.layers.items():
             assert records[step][path] == pytest.approx(term_gates(layer, adapter.config), abs=1e-6)
     assert all(records[0][path] != pytest.approx(records[7][path], abs=1e-3) for path in records[0])
+
+
+def test_interrupted_where_both_are_due_the_records_keep_their_order(tmp_path: Path) -> None:
+    def press(step: int, *_: Any) -> None:
+        if step == 3:  # its evaluation is skipped, so the gates of this step wait for it
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole", checkpoint_every=3)
+    result, _, _ = run(tmp_path / "stopped", press, checkpoint_every=3)
+    assert [r["step"] for r in read_metrics(result.metrics) if r["kind"] == "gates"] == [0]
+    resumed = run(tmp_path / "stopped", checkpoint_every=3)
+    assert_same_end(resumed, whole)
+    starts = [r["step"] for r in read_metrics(resumed[0].metrics) if r["kind"] == "start"]
+    assert starts == [0, 3]
 
 
 def test_the_model_holds_the_adapter_that_was_evaluated_last(whole: tuple[TrainResult, ToyModel, str]) -> None:
