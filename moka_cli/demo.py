@@ -21,7 +21,7 @@ from moka_cli.demo_data import write_splits
 from moka_cli.generate import prompt_tokens, stop_tokens
 from moka_cli.parity import check, parity_table, print_verdict
 from moka_cli.pictures import plot_gates
-from moka_cli.report import Completion, write_report
+from moka_cli.report import Completion, check_target, write_report
 from moka_cli.train import attach_fresh, load_run_model, load_tokenizer
 from moka_core import Adapter, ConfigError
 
@@ -61,6 +61,7 @@ def run_demo(output: Path, *, steps: int) -> None:
     console = Console()
     timer = Timer()
     make_folder(output)
+    check_target(output / "report.html")
 
     with timer.stage("base model", console):
         made = prepare_base(output / "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def run_report(
     with console.status("reading the run"):
         model, step = trained_model(run, base=base, which=which)
         adapter = export_adapter(model)
-    write_report(target, run, adapter, step, parity=figures, completions=completions)
+    write_report(target, run, adapter, step, which=which, parity=figures, completions=completions)
     console.print(f"{target}: open it in a browser", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -72,6 +73,7 @@ def write_report(
     adapter: Adapter,
     step: int,
     *,
+    which: Which = "last",
     parity: Mapping[str, Any] | None = None,
     completions: Sequence[Completion] = (),
 ) -> None:
@@ -80,6 +82,7 @@ def write_report(
     Args:
         run: output folder of the run.
         adapter: of the run, after that step.
+        which: the checkpoint that the adapter is of.
         parity: as `ParityReport.to_dict` gives it.
 
     Raises:
@@ -88,13 +91,20 @@ def write_report(
     """
     from conversion.new_folder import new_file
 
-    page = render(run, adapter, step, parity=parity, completions=completions)
+    check_target(target)
+    page = render(run, adapter, step, which=which, parity=parity, completions=completions)
     with new_file(target) as draft:
         draft.write_text(page, encoding="utf-8")
 
 
 def render(
-    run: Path, adapter: Adapter, step: int, *, parity: Mapping[str, Any] | None, completions: Sequence[Completion]
+    run: Path,
+    adapter: Adapter,
+    step: int,
+    *,
+    which: Which,
+    parity: Mapping[str, Any] | None,
+    completions: Sequence[Completion],
 ) -> str:
     """The page's HTML; see `write_report`."""
     from jinja2 import Environment, StrictUndefined
@@ -102,10 +112,10 @@ def render(
     from moka_cli.report_charts import data_uri, gates_figure, norms_figure, training_figure
     from moka_jax.train import read_metrics, saved_run
 
-    settings, _ = saved_run(run)
+    settings, _ = saved_run(run, which=which)
     records = read_metrics(run / "metrics.jsonl", allow_cut_end=True)
     figures = analyse(adapter, rank=False)
-    gates = gates_figure(records, {path: layer.plan for path, layer in adapter.layers.items()})
+    training, gates = training_figure(records), gates_figure(records, adapter, step)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["figure"] = _figure
     template = environment.from_string(
@@ -114,9 +124,9 @@ def render(
     return template.render(
         name=run.resolve().name,
         base=settings["base"],
-        tiles=list(tiles(records, adapter, step)),
+        tiles=list(tiles(records, adapter, step, of=settings["steps"])),
         events=list(events(records)),
-        training=data_uri(training_figure(records)),
+        training=None if training is None else data_uri(training),
         gated=adapter.config.gate != "uniform",
         gates=None if gates is None else data_uri(gates),
         step=step,
@@ -130,26 +140,27 @@ def render(
     )
 
 
-def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int) -> Iterator[tuple[str, str]]:
-    """The few numbers that say how a run went, each with its name."""
+def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int, *, of: int) -> Iterator[tuple[str, str]]:
+    """The few numbers that say how a run went, each with its name; `of` is how many steps it was to take."""
     from moka_jax.train.stopping import best_evaluation
 
     held_out = [record for record in records if record["kind"] == "eval"]
     trained = [record for record in records if record["kind"] == "train"]
     if held_out:
-        yield "held-out loss", f"{held_out[0]['loss']:.4f} → {held_out[-1]['loss']:.4f}"
+        yield "held-out loss", _change([record["loss"] for record in held_out])
         best = best_evaluation(records)
         if best is not None and best["step"] != held_out[-1]["step"]:
             yield "lowest held-out loss", f"{best['loss']:.4f} after step {best['step']}"
     if trained:
-        yield "training loss", f"{trained[0]['loss']:.4f} → {trained[-1]['loss']:.4f}"
-    yield "steps", str(max(record["step"] for record in records))
+        yield "training loss", _change([record["loss"] for record in trained])
+    yield "steps recorded", f"{max([step, *(record['step'] for record in records)])} of {of}"
     yield "trained parameters", f"{adapter.trainable:,} on {len(adapter.layers)} layers"
     if trained:
         yield "tokens a second (median)", f"{statistics.median(r['tokens_per_second'] for r in trained):,.0f}"
     seconds = max((record.get("seconds", 0.0) for record in records), default=0.0)
-    yield "time in steps", f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-    skipped = trained[-1]["skipped"] if trained else 0
+    yield "time, all included", f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    counts = [record for record in records if record["kind"] in ("train", "skip")]
+    skipped = counts[-1].get("skipped", 0) if counts else 0
     if skipped:
         yield "skipped steps", str(skipped)
     yield "adapter shown", f"after step {step}"
@@ -157,21 +168,26 @@ def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int) -> 
 
 def events(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What happened to the run beside its steps, in words."""
+    starts = Counter(record["step"] for record in records if record["kind"] == "start")
+    for step, count in sorted(starts.items()):
+        often = f", {count} times" if count > 1 else ""
+        if step > 0:
+            yield f"It was stopped, and went on from step {step}{often} (a dotted line in the charts)."
+        elif often:
+            yield f"It was started{often}, before its first step."
     for record in records:
-        if record["kind"] == "start" and record["step"] > 0:
-            yield f"It was stopped, and went on from step {record['step']} (a dotted line in the charts)."
-        elif record["kind"] == "fallback":
+        if record["kind"] == "fallback":
             lost = ", ".join(str(one["step"]) for one in record["damaged"])
             yield f"It went on from step {record['step']}, since newer checkpoints were damaged: {lost}."
     skipped = [record for record in records if record["kind"] == "skip"]
     if skipped:
         shown = ", ".join(f"{record['step']} ({record['reason']})" for record in skipped[:5])
         more = f", and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        yield f"Steps that changed nothing: {shown}{more}."
+        yield f"Of the steps that changed nothing, these were recorded: {shown}{more}."
 
 
 def kind_rows(figures: Mapping[str, LayerFigures]) -> list[dict[str, Any]]:
-    """‖ΔW‖_F by kind of layer, and what training left unused."""
+    """‖ΔW‖_F by kind of layer and number of terms, and what training left unused."""
     kinds: dict[Kind, list[LayerFigures]] = {}
     for path, layer in figures.items():
         kinds.setdefault((path.rpartition(".")[2], layer.plan), []).append(layer)
@@ -179,6 +195,7 @@ def kind_rows(figures: Mapping[str, LayerFigures]) -> list[dict[str, Any]]:
         {
             "kind": kind,
             "plan": plan.key,
+            "terms": plan.terms,
             "layers": len(layers),
             "median": statistics.median(layer.norm for layer in layers),
             "least": min(layer.norm for layer in layers),
@@ -209,17 +226,19 @@ def read_parity(file: Path) -> dict[str, Any]:
     expected = "expected the figures that moka parity --json FILE writes"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"--parity {file}: {expected}; {error}") from error
     rows = values.get("rows") if isinstance(values, dict) else None
-    if not isinstance(rows, list) or not isinstance(values.get("sides"), list) or "passed" not in values:
-        raise DataError(f"--parity {file}: {expected}; it has no rows, sides and verdict")
+    if not isinstance(rows, list) or not all(isinstance(values.get(name), list) for name in ("sides", "notes")):
+        raise DataError(f"--parity {file}: {expected}; it has no rows, sides and notes")
     for number, row in enumerate(rows):
         wrong = [
             name for name, kind in _ROW.items() if not isinstance(row, dict) or not isinstance(row.get(name, ...), kind)
         ]
         if wrong:
             raise DataError(f"--parity {file}: {expected}; row {number} has no {' and no '.join(wrong)}")
+    if values.get("passed") is not all(row["passed"] for row in rows):
+        raise DataError(f"--parity {file}: {expected}; its verdict, {values.get('passed')!r}, is not that of its rows")
     return values
 
 
@@ -251,16 +270,21 @@ def read_completions(before: Path | None, after: Path | None) -> list[Completion
 def _lines(option: str, file: Path) -> list[tuple[str, str]]:
     expected = "expected lines that moka generate --json FILE writes"
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{option} {file}: {expected}; {error}") from error
     found = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
-            found.append((str(value["prompt"]), str(value["completion"])))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{option} {file}: {expected}; line {number} is {line[:60]}") from None
+            pair = value["prompt"], value["completion"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pair = (None, None)
+        if not all(isinstance(text, str) for text in pair):
+            raise DataError(f"{option} {file}: {expected}; line {number} is {line[:60]}")
+        found.append(pair)
     if not found:
         raise DataError(f"{option} {file}: {expected}; it is empty")
     return found
@@ -280,6 +304,11 @@ def check_target(target: Path) -> None:
             f"{target}: expected a place without a file, or a page that moka report wrote; choose another name with "
             "--out, or remove it"
         )
+
+
+def _change(losses: Sequence[float]) -> str:
+    """The first and the last of them, or the one that there is."""
+    return " → ".join(f"{loss:.4f}" for loss in (losses[:1] if len(losses) == 1 else (losses[0], losses[-1])))
 
 
 def _figure(value: float | int | None) -> str:

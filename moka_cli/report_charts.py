@@ -15,13 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moka_cli.pictures import layer_number, panels_of
-from moka_core import LayerPlan
+from moka_core import Adapter
 from moka_core.adapter import path_order
+from moka_core.oracle import term_gates
 from moka_core.spectrum import LayerFigures
 
 Records = Sequence[Mapping[str, Any]]
 
 _COLUMNS = 3  # panels beside each other
+_LEAST = 1e-3  # of a gate, that is told from 1/terms: less is no colour
 _SERIES = {  # of the train records, beside the loss
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
@@ -29,12 +31,13 @@ _SERIES = {  # of the train records, beside the loss
 }
 
 
-def training_figure(records: Records) -> Figure:
+def training_figure(records: Records) -> Figure | None:
     """The losses, the learning rate, the gradient's norm and the throughput over the steps; records of `read_metrics`.
 
-    Raises:
-        DataError: there is no loss to draw.
+    None if no loss was recorded yet.
     """
+    if not any(record["kind"] in ("train", "eval") for record in records):
+        return None
     from moka_jax.train.metrics import draw_losses
 
     figure, grid = _figure(2, 2, width=5.2, height=2.9)
@@ -52,21 +55,27 @@ def training_figure(records: Records) -> Figure:
     return figure
 
 
-def gates_figure(records: Records, plans: Mapping[str, LayerPlan]) -> Figure | None:
+def gates_figure(records: Records, adapter: Adapter, step: int) -> Figure | None:
     """Every term's gate over the recorded steps, a panel for each kind of layer, a band of rows for each term.
 
     None if no gates were recorded.
 
     Args:
         records: of `read_metrics`.
-        plans: of every layer.
+        adapter: of the run, whose gates are the last ones.
+        step: after which it is that; later records are left out.
     """
-    gates = [record for record in records if record["kind"] == "gates"]
+    gates = [record for record in records if record["kind"] == "gates" and record["step"] < step]
+    if any(record["kind"] == "gates" for record in records):
+        last = {name: term_gates(layer, adapter.config).tolist() for name, layer in adapter.layers.items()}
+        gates.append({"step": step, "gates": last})
+    plans = {name: layer.plan for name, layer in adapter.layers.items()}
     names = sorted(set(plans).intersection(*(record["gates"] for record in gates)) if gates else (), key=path_order)
     if not names:
         return None
     values = {name: np.array([record["gates"][name] for record in gates]) for name in names}  # (records, terms)
-    furthest = max(float(np.abs(array - 1 / array.shape[1]).max()) for array in values.values()) or 1e-9
+    furthest = max(float(np.abs(array - 1 / array.shape[1]).max()) for array in values.values())
+    furthest = max(furthest, _LEAST)
     panels = panels_of({name: plans[name] for name in names})
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = _figure(rows, min(len(panels), _COLUMNS), width=4.4, height=4.2)
@@ -80,7 +89,7 @@ def gates_figure(records: Records, plans: Mapping[str, LayerPlan]) -> Figure | N
             vmax=even + furthest,
             interpolation="nearest",
         )
-        axes.set_title(f"{kind} {plan.key}", fontsize=10)
+        axes.set_title(f"{kind} {plan.key}, {plan.terms} terms", fontsize=10)
         for term in range(1, plan.terms):
             axes.axhline(term * len(own) - 0.5, color="black", linewidth=0.6)
         middles = [(term + 0.5) * len(own) - 0.5 for term in range(plan.terms)]
@@ -98,10 +107,13 @@ def gates_figure(records: Records, plans: Mapping[str, LayerPlan]) -> Figure | N
 def norms_figure(figures: Mapping[str, LayerFigures]) -> Figure:
     """‖ΔW‖_F of every layer, a line for each kind."""
     figure, grid = _figure(1, 1, width=10.4, height=3.4)
-    for (kind, plan), names in panels_of({name: layer.plan for name, layer in figures.items()}).items():
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(figures, key=path_order):
+        kinds.setdefault(f"{name.rpartition('.')[2]} {figures[name].plan.key}", []).append(name)
+    for label, names in sorted(kinds.items()):
         numbers = [layer_number(name) for name in names]
         places = [int(number) for number in numbers] if all(map(str.isdecimal, numbers)) else range(len(names))
-        grid[0].plot(places, [figures[name].norm for name in names], "o-", markersize=3, label=f"{kind} {plan.key}")
+        grid[0].plot(places, [figures[name].norm for name in names], "o-", markersize=3, label=label)
     grid[0].set_xlabel("layer")
     grid[0].set_ylabel("‖ΔW‖F")
     grid[0].set_ylim(bottom=0)
