@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -317,7 +318,7 @@ def attention_cause(
     """Why softmax(q kᵀ) v, (batch, time, heads·head_dim), is another one than these q, k, v give."""
     width = sizes.head_dim
     right = rope.frequencies(width)
-    hypotheses: list[tuple[str, dict]] = [
+    hypotheses: list[tuple[str, dict[str, Any]]] = [
         ("no rotary embedding: queries and keys are not turned", {"frequencies": np.zeros(width // 2)}),
         ("rotary embedding: neighbouring channels are the pairs in place of the two halves", {"neighbours": True}),
         ("the mask: later tokens are seen too", {"causal": False}),

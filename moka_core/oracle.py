@@ -6,6 +6,7 @@ import numpy as np
 
 from moka_core.adapter import LayerFactors
 from moka_core.config import MokaConfig
+from moka_core.plan import KronShape
 
 
 def term_gates(layer: LayerFactors, config: MokaConfig) -> np.ndarray:
@@ -24,7 +25,7 @@ def term_coefficients(layer: LayerFactors, config: MokaConfig) -> np.ndarray:
     return term_gates(layer, config) * np.array(constants)
 
 
-def stable_factor(config: MokaConfig, shape) -> float:
+def stable_factor(config: MokaConfig, shape: KronShape) -> float:
     """c_i of a term: 1 for scaling "none"; √r / √(columns of the zero factor) for "stable".
 
     Ref: generalises α/√(r·r₂) of arXiv 2602.01267.

@@ -23,8 +23,8 @@ from moka_core import (
     preset,
 )
 from moka_core.adapter import SHOWN, raise_problems
-from moka_core.config import ALL_LINEAR
 from moka_core.execution import Execution
+from moka_core.plan import ALL_LINEAR
 from moka_jax.general import General, MokaGeneral
 from moka_jax.linear import MokaLinear, frozen_arrays, own_ways
 from moka_jax.nf4 import frozen_weight

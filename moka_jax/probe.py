@@ -82,7 +82,7 @@ class JaxProbe:
         )
 
         @jax.jit
-        def apply(gradient, moments, adapter):
+        def apply(gradient: nnx.State, moments: Any, adapter: nnx.State) -> tuple[Any, Any]:
             changes, moments = update.update(gradient, moments, adapter)
             return optax.apply_updates(adapter, changes), moments
 

@@ -14,11 +14,11 @@ from moka_core import Adapter, LayerFactors
 from moka_core.adapter import DTYPE_NAMES
 from moka_core.errors import AdapterError, ConfigError
 from moka_core.execution import Execution
+from moka_torch.config import MokaConfig
 from moka_torch.fingerprint import check_fingerprint
 from moka_torch.loading import adapted_layers, check_peft_model, to_numpy
 from moka_torch.saving import check_unchanged
 from moka_torch.targets import plan_stated
-from moka_torch.tuner import MokaConfig
 
 
 def attach(
