@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -43,6 +44,14 @@ AllowOtherBase = Annotated[
 ]
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from moka_jax.train.schema import run_schema
+
+        print(json.dumps(run_schema(), indent=1))
+        raise typer.Exit
+
+
 @app.callback()
 def root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False) -> None:
     """Each command has its own --help with an example."""
@@ -73,13 +82,20 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the first examples, say what memory each part will take, and stop.")
     ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of CONFIG.")
+    ] = False,
 ) -> None:
     """Train an adapter in JAX, or go on with a run that was stopped.
 
     [dim]Example: moka train run.yaml steps=500 optimiser.learning_rate=5e-3[/dim]
 
     A config has at least: base (a model folder), output, data.train (JSON lines with prompt/completion, messages or
-    text), optimiser.learning_rate, steps and batch_size. An unknown key is an error, with the nearest known one.
+    text), steps and batch_size, and optimiser.learning_rate where the preset has none. An unknown key is an error, with
+    the nearest known one. With --schema, editors complete and check a config: begin it with the line
+    "# yaml-language-server: $schema=run.schema.json".
+
+    [dim]Example: moka train --schema > run.schema.json[/dim]
     """
     from moka_cli.train import run_dry, run_train
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import optax
 import pytest
@@ -24,7 +25,8 @@ from conversion import open_base, save_adapter
 from moka_cli.main import app, main
 from moka_core import preset
 from moka_jax.train import TrainConfig
-from tests.moka_jax.train_toys import make_tokenizer
+from moka_jax.train.schema import run_schema
+from tests.moka_jax.train_toys import LEAST_CONFIG, make_tokenizer
 from tests.tiny import random_adapter, save_tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -160,21 +162,23 @@ def test_the_commands_of_the_pages_can_be_parsed():
     assert parsed >= 15
 
 
-def test_the_settings_of_the_pages_are_taken():
-    least = {
-        "base": "b",
-        "output": "o",
-        "data": {"train": "t"},
-        "steps": 9,
-        "batch_size": 1,
-        "optimiser": {"learning_rate": 1e-3},
-    }
-    taken = set()
+def run_configs() -> list[tuple[str, dict[str, Any]]]:
+    """Every config of a run in the yaml blocks, with its page; one that shows some settings only is filled up."""
+    found = []
     for page in PAGES:
         for block in blocks(page, "yaml"):
             values = yaml.safe_load(block)
             if "task" not in values:  # lm-eval's, which test_eval.py runs
                 whole = "base" in values  # such a page shows a config that lacks nothing
-                TrainConfig.from_dict(values if whole else {**least, **values})
-                taken.add(page.name)
+                found.append((page.name, values if whole else {**LEAST_CONFIG, **values}))
+    return found
+
+
+def test_the_settings_of_the_pages_are_taken():
+    validator = jsonschema.Draft202012Validator(run_schema())
+    taken = set()
+    for page, values in run_configs():
+        TrainConfig.from_dict(values)
+        validator.validate(values)
+        taken.add(page)
     assert {"README.md", "choosing.md", "large_models.md", "warm_start.md"} <= taken

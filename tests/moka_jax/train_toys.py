@@ -27,6 +27,15 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# A config of a run that lacks nothing; what it names need not be there.
+LEAST_CONFIG: dict[str, Any] = {
+    "base": "b",
+    "output": "o",
+    "data": {"train": "t"},
+    "optimiser": {"learning_rate": 1e-3},
+    "steps": 100,
+    "batch_size": 1,
+}
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
