@@ -47,10 +47,11 @@ test-wheels: install  ## the wheel alone, in fresh environments: jax without tor
 test-all: install  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "not gpu"
 
-lint: install    ## style and types
+lint: install    ## style, types, and code that nobody calls
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 format: install  ## put the code in order
 	$(BIN)/ruff check --fix .

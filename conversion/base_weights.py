@@ -92,33 +92,6 @@ def _place(name: str) -> Place:
     return place
 
 
-def checkpoint_name(path: FlaxPath, layer: int | None) -> str:
-    """The checkpoint's name of a place: the inverse of `flax_place`.
-
-    Raises:
-        ModelError: our LLaMA has no such place.
-
-    >>> checkpoint_name(("model", "layers", "block", "mlp", "up_proj", "kernel"), 3)
-    'model.layers.3.mlp.up_proj.weight'
-    """
-    for pattern, candidate, *_ in _TABLE:
-        if candidate == path and (layer is not None) == ("?P<layer>" in pattern):
-            return pattern.replace(_BLOCK, f"model.layers.{layer}.").replace("\\", "")
-    raise ModelError(f"{'.'.join(path)}: no tensor of a LLaMA checkpoint stands there")
-
-
-def to_checkpoint(tensors: Mapping[FlaxPath, np.ndarray]) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, (out, in)-oriented and unstacked, from dense arrays by path in our LLaMA."""
-    result = {}
-    for path, array in tensors.items():
-        stacked = path[:3] == ("model", "layers", "block")
-        for layer, value in enumerate(array) if stacked else [(None, array)]:
-            name = checkpoint_name(path, layer)
-            place = _place(name)
-            result[name] = np.ascontiguousarray(value.T if place.transposed else value)
-    return result
-
-
 @dataclass(frozen=True, kw_only=True)
 class BaseFolder:
     """A Hugging Face model folder, opened: its config, and its tensors on demand.

@@ -86,7 +86,7 @@ def _of_type(kind: Any) -> Schema:
     if get_origin(kind) in (Union, types.UnionType):
         (inner,) = (part for part in get_args(kind) if part is not type(None))
         return _or_null(_of_type(inner))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _of_dataclass(kind)
     raise TypeError(f"expected a type that has a plain form; got {kind!r}")
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from conversion import BaseFolder, open_base
-from conversion.base_weights import _TABLE, checkpoint_name, flax_place, to_checkpoint
+from conversion.base_weights import _TABLE, FlaxPath, flax_place
 from moka_core import ModelError, Nf4Weight, base_difference, dequantise_nf4, quantise_nf4
 
 INDEX = "model.safetensors.index.json"
@@ -77,18 +77,22 @@ def raw_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for path in folder.glob("*.safetensors") for name, array in load_file(path).items()}
 
 
+def names_by_place(folder: Path) -> dict[tuple[FlaxPath, int | None], str]:
+    """The names of a dense folder's tensors by their places in our LLaMA."""
+    places = {name: flax_place(name) for name in raw_tensors(folder)}
+    return {(place.path, place.layer): name for name, place in places.items() if place is not None}
+
+
 def restored(folder: Path, **options: Any) -> dict[str, np.ndarray]:
-    """A dense folder through our LLaMA's places, stacked by layer, and back to a checkpoint's names."""
-    stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+    """A dense folder through our LLaMA's places, and back to a checkpoint's names."""
+    found, names = {}, names_by_place(folder)
     for path, layer, value in open_base(folder, quantise="none", **options).flax_tensors():
         assert isinstance(value, np.ndarray)
-        stacks.setdefault(path, {})[layer] = value
-    return to_checkpoint(
-        {
-            path: rows[None] if None in rows else np.stack([rows[layer] for layer in range(len(rows))])
-            for path, rows in stacks.items()
-        }
-    )
+        name = names[path, layer]
+        place = flax_place(name)
+        assert place is not None
+        found[name] = np.ascontiguousarray(value.T if place.transposed else value)
+    return found
 
 
 @pytest.mark.parametrize("name", ["dense", "sharded", "bf16", "tied", "biased"])
@@ -122,9 +126,9 @@ def test_a_tied_head_is_no_tensor_of_its_own_even_if_it_is_stored(folders: dict[
 
 
 def test_linear_weights_are_turned_and_nothing_else_is(folders: dict[str, Path]) -> None:
-    tensors = raw_tensors(folders["biased"])
+    tensors, names = raw_tensors(folders["biased"]), names_by_place(folders["biased"])
     for path, layer, value in open_base(folders["biased"], quantise="none").flax_tensors():
-        stored = tensors[checkpoint_name(path, layer)]
+        stored = tensors[names[path, layer]]
         assert np.array_equal(value, stored.T if path[-1] == "kernel" else stored)  # type: ignore[arg-type]
         assert (path[-1] == "kernel") == (stored.ndim == 2 and "embed" not in path[1])
 
@@ -146,13 +150,6 @@ ALL_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", ALL_NAMES)
-def test_checkpoint_name_undoes_flax_place(name: str) -> None:
-    place = flax_place(name)
-    assert place is not None
-    assert checkpoint_name(place.path, place.layer) == name
-
-
 def test_every_name_has_one_place_of_its_own() -> None:
     places = [(place.path, place.layer) for place in map(flax_place, ALL_NAMES) if place is not None]
     assert len(set(places)) == len(ALL_NAMES)
@@ -172,19 +169,6 @@ def test_every_name_has_one_place_of_its_own() -> None:
 )
 def test_a_name_that_only_looks_like_llamas_has_no_place(name: str) -> None:
     assert flax_place(name) is None
-
-
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        (("model", "layers", "block", "mlp", "up_proj", "kernel"), None),
-        (("model", "norm", "weight"), 3),
-        (("model", "layers", "block", "mlp", "c_fc", "kernel"), 0),
-    ],
-)
-def test_a_place_that_llama_has_not_is_refused(path: tuple[str, ...], layer: int | None) -> None:
-    with pytest.raises(ModelError, match="no tensor of a LLaMA checkpoint stands there"):
-        checkpoint_name(path, layer)
 
 
 # ---- packed
