@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.markup import escape
+
 from moka_cli.bases import open_held
 from moka_cli.figures import check_json, is_standard_output, json_lines
 from moka_cli.train import load_model, load_tokenizer
@@ -67,16 +70,20 @@ def run_generate(
     rows = [prompt_tokens(tokenizer, text, raw=raw) for text in texts]
     check_prompts(config, rows, max_new_tokens=max_new_tokens, single=len(rows) == 1)
     ask = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens(tokenizer, base), "sampling": sampling}
-    model = load_model(base, quantise=opened.quantisation)
-    if value is not None:
-        import_adapter(model, value, allow_other_base=allow_other_base)
+    progress = Console(stderr=True)
+    with progress.status(f"loading {escape(str(base))}"):
+        model = load_model(base, quantise=opened.quantisation)
+        if value is not None:
+            import_adapter(model, value, allow_other_base=allow_other_base)
     if len(rows) == 1 and json_file is None:
         _print_as_it_comes(model, tokenizer, rows[0], ask)
         return
     with json_lines(json_file) as write:
         for start in range(0, len(rows), batch_size):
             indices = range(start, min(start + batch_size, len(rows)))
-            for index, new in zip(indices, _complete(model, rows, indices, ask), strict=True):
+            with progress.status(f"completing {indices[0] + 1} to {indices[-1] + 1} of {len(rows)}"):
+                completions = _complete(model, rows, indices, ask)
+            for index, new in zip(indices, completions, strict=True):
                 completion = tokenizer.decode(new, skip_special_tokens=True)
                 ended = "stop" if len(new) < max_new_tokens else "length"
                 if not is_standard_output(json_file):

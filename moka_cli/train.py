@@ -143,11 +143,13 @@ def run_export(run: Path, out: Path, *, base: Path | None = None, which: Which =
     from moka_jax import export_adapter
 
     check_new(out)
-    model, step = trained_model(run, base=base, which=which)
-    adapter = export_adapter(model)
-    save_adapter(adapter, out)
+    console = Console()
+    with console.status("reading the run"):
+        model, step = trained_model(run, base=base, which=which)
+        adapter = export_adapter(model)
+        save_adapter(adapter, out)
     told = f"{out}: {adapter.trainable:,} parameters on {len(adapter.layers)} layers, after step {step}"
-    Console().print(told, highlight=False, markup=False, soft_wrap=True)
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def trained_model(run: Path, *, base: Path | None = None, which: Which = "last") -> tuple[Llama, int]:
