@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as the tensors of our Flax LLaMA, and back."""
+"""A Hugging Face model folder as the tensors of our Flax LLaMA."""
 
 from __future__ import annotations
 
