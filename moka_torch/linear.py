@@ -20,6 +20,7 @@ from moka_core.config import check_finite
 from moka_core.errors import AdapterError, ConfigError, ModelError
 from moka_core.execution import Execution, check_execution
 from moka_torch.base_weight import BaseWeight, base_weight, refuse_special
+from moka_torch.containers import Gates, Stacks
 from moka_torch.exactness import refuse_repacked
 from moka_torch.mixture import backend_of, coefficients, delta_weight, moka_apply, schedule_for
 from moka_torch.product import Job, moka_product, sum_dtype
@@ -74,7 +75,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.moka_factor_a = nn.ModuleDict()
         self.moka_factor_b = nn.ModuleDict()
-        self.moka_gate_logits = _Gates()
+        self.moka_gate_logits = Gates()
         self.moka_dropout = nn.ModuleDict()
         self.moka_plan: dict[str, LayerPlan] = {}
         self.moka_config: dict[str, MokaConfig] = {}
@@ -116,7 +117,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         groups = {str(index): group for index, group in enumerate(plan.groups)}
         for factor, container in (("a", self.moka_factor_a), ("b", self.moka_factor_b)):
             stored = groups if config.identity != factor else {}
-            container[adapter_name] = _Stacks(
+            container[adapter_name] = Stacks(
                 {name: nn.Parameter(torch.empty(group.factor_shape(factor))) for name, group in stored.items()}
             )
         if adapter_name in self.moka_gate_logits:
@@ -467,37 +468,6 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         """The adapters' shapes, for printing."""
         plans = ", ".join(f"{name}: {' + '.join(map(_brief, plan.groups))}" for name, plan in self.moka_plan.items())
         return "; ".join(filter(None, (plans, quantization_extra_repr(self))))
-
-
-class _Stacks(nn.ParameterDict):
-    """The factors of one adapter by the number of their group; called, it gives them in the order of the groups.
-
-    They are had by a call so that what hooks calls of modules reaches them, as accelerate's offloading does. (The order
-    of a ParameterDict itself is that of the names as text, in which 10 comes before 2.)
-    """
-
-    __call__ = nn.Module.__call__  # ParameterDict's own refuses
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self[str(group)] for group in range(len(self)))
-
-
-class _Gates(nn.ParameterDict):
-    """The gate logits by adapter; called with an adapter's name, it gives its own, or None.
-
-    What replaces logits is as trainable as they were: PEFT casts and moves them by assigning plain tensors, of which a
-    ParameterDict makes trainable parameters.
-    """
-
-    __call__ = nn.Module.__call__
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in self and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value.detach(), requires_grad=self[key].requires_grad)
-        super().__setitem__(key, value)
-
-    def forward(self, adapter_name: str) -> Tensor | None:
-        return self.get(adapter_name, None)
 
 
 def _brief(group: Any) -> str:
