@@ -182,3 +182,15 @@ def test_the_settings_of_the_pages_are_taken():
         validator.validate(values)
         taken.add(page)
     assert {"README.md", "choosing.md", "large_models.md", "warm_start.md"} <= taken
+
+
+def test_the_files_that_the_pages_name_are_there():
+    rooms = ("moka_core", "moka_jax", "moka_torch", "conversion", "moka_cli", "benchmarks", "tests", "docs", "examples")
+    here = [f"/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*.*")]
+    named = {
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(r"`([\w/]+\.(?:py|md|sh|ipynb))`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    assert sorted(pair for pair in named if not any(path.endswith(f"/{pair[1]}") for path in here)) == []
