@@ -28,6 +28,8 @@ PAIRS = (
     ("moka-recommended", "moka-paper", "the preset `recommended` for `paper`"),
     ("moka-recommended", "qlora-wide-3", "the preset `recommended` for a LoRA of its size"),
     ("moka-wide-3-scale", "moka-paper", "r=3 on five layers, scale 10, for r=10 on two"),
+    ("moka-wide-3", "moka-paper", "r=3 on five layers for r=10 on two, both at scale 1"),
+    ("moka-wide-3-scale", "moka-wide-3", "scale 10, on the five layers"),
     ("moka-paper-scale", "moka-paper", "scale 10, on the two layers"),
     ("qlora-wide-3-scale", "qlora-wide-3", "alpha 20r for 2r"),
     ("moka-recommended", "moka-wide-3-stable", "a LoRA of rank 1 for one of three balanced terms"),
