@@ -27,8 +27,8 @@ class Preset:
     Args:
         about: what it is.
         config: the config itself, or what makes it for a model of some architecture.
-        learning_rate: the peak of AdamW's learning rate that was best in docs/accuracy.md, on SmolLM2-135M; None if
-            it was not tuned.
+        learning_rate: the peak of AdamW's learning rate that was best on validation over both tasks of
+            docs/accuracy.md, on SmolLM2-135M; None if it was not tuned.
     """
 
     about: str

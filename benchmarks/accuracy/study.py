@@ -110,11 +110,15 @@ def _marks(arguments: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any
     for task in arguments.tasks:
         data = _digest(asdict(load_task(task, arguments.data)))
         for method in [BASE, *arguments.methods]:
-            config = None
-            if method != BASE:
-                config = {**METHODS[method].config(architecture).to_dict(), "gates": METHODS[method].gate_rate}
-            found[task, method] = {**common, "data": data, "method": _digest(config)}
+            found[task, method] = {**common, "data": data, "method": method_digest(method, architecture)}
     return found
+
+
+def method_digest(method: str, architecture: Architecture) -> str:
+    """What a row's `made` says of its method: another one for another config."""
+    if method == BASE:
+        return _digest(None)
+    return _digest({**METHODS[method].config(architecture).to_dict(), "gates": METHODS[method].gate_rate})
 
 
 def _digest(value: Any) -> str:
