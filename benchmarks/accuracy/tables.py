@@ -233,28 +233,42 @@ def _percent(mean: float, low: float, high: float, *, sign: bool = False) -> str
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Accuracy against trainable parameters, a panel a task; the base's own is a line."""
+    """Accuracy against trainable parameters, a panel a task; the base's own is a line.
+
+    Methods of about the same size are set apart a little, so that each can be seen.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(6 * len(tasks), 4.5), layout="constrained")
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
-        alike = sources(rows, task)
-        for method in METHODS:
-            own = chosen_rows(rows, task, method)
-            if not own:
-                continue
-            right = answered(own, "accuracy_norm")
-            mean, low, high = (100 * value for value in interval(right, sources=alike))
-            size = own[0]["parameters"]
-            axes.errorbar(size, mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
-            axes.annotate(method, (size, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    figure = Figure(figsize=(5.5 * len(tasks) + 2, 4.5), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(tasks)))
+    shown: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        alike, drawn_at = sources(rows, task), 0.0
+        found = {method: own for method in METHODS if (own := chosen_rows(rows, task, method))}
+        for method, own in sorted(found.items(), key=lambda item: item[1][0]["parameters"]):
+            mean, low, high = (100 * value for value in interval(answered(own, "accuracy_norm"), sources=alike))
+            drawn_at = max(own[0]["parameters"], 1.045 * drawn_at)
+            style = list(METHODS).index(method)
+            shown[method] = axes.errorbar(
+                drawn_at,
+                mean,
+                yerr=[[mean - low], [high - mean]],
+                fmt="osD^v"[style % 5],
+                color=colormaps["tab20"](style % 20),
+                capsize=2,
+            )
         base = base_row(rows, task)
         if base is not None:
-            axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--", label="base alone")
+            line = axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--")
+            shown["the base alone"] = line
         axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
-        axes.margins(x=0.25)  # for the names
-        axes.legend(loc="lower right")
+        axes.set_xlim(1e5, 1e7)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    names = [name for name in (*METHODS, "the base alone") if name in shown]
+    figure.legend([shown[name] for name in names], names, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
