@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 START = "README.md"  # is the site's first page
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "conversion/FORMAT.md", "benchmarks/README.md")
-OTHERS = ("LICENSE", "examples/*.py", "moka_core/execution.py", "benchmarks/results/*.json")
+OTHERS = ("LICENSE", "examples/*.py", "examples/*.ipynb", "moka_core/execution.py", "benchmarks/results/*.json")
 
 
 def on_files(files: Files, config: Any) -> Files:
