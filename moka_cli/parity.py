@@ -47,7 +47,13 @@ def check(adapter: Path, base: Path, *, console: Console, **options: Any) -> Par
     from conversion.parity import check_parity
 
     with console.status("comparing") as status:
-        return check_parity(adapter, base, on_stage=status.update, **options)
+
+        def tell(stage: str) -> None:
+            status.update(stage)
+            if not console.is_terminal:  # where a status shows nothing, and the optimiser steps take minutes
+                console.print(stage, highlight=False, markup=False, soft_wrap=True)
+
+        return check_parity(adapter, base, on_stage=tell, **options)
 
 
 def print_verdict(report: ParityReport, console: Console) -> None:

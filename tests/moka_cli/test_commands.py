@@ -64,7 +64,9 @@ def test_train_export_parity_and_generate_end_to_end(run, base, capsys):
     assert all((array != 0).any() for layer in adapter.layers.values() for _, array in layer.tensors())
 
     assert call("parity", run / "adapter", "--base", base, "--train", 3, "--json", run / "parity.json") == 0
-    assert "both backends agree" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "both backends agree" in printed
+    assert "training 3 steps in PyTorch\n" in printed, "without a terminal the stages are lines"
     assert json.loads((run / "parity.json").read_text())["passed"] is True
 
     assert call("generate", "--base", base, "--adapter", run / "adapter", "--prompt", "add 3 3") == 0
