@@ -243,9 +243,8 @@ def draw(rows: Rows, path: Path) -> None:
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(5.5 * len(tasks) + 2, 4.5), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(tasks)))
     shown: dict[str, Any] = {}
-    for axes, task in zip(panels, tasks, strict=True):
+    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         alike, drawn_at = sources(rows, task), 0.0
         found = {method: own for method in METHODS if (own := chosen_rows(rows, task, method))}
         for method, own in sorted(found.items(), key=lambda item: item[1][0]["parameters"]):
@@ -262,8 +261,7 @@ def draw(rows: Rows, path: Path) -> None:
             )
         base = base_row(rows, task)
         if base is not None:
-            line = axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--")
-            shown["the base alone"] = line
+            shown["the base alone"] = axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--")
         axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
         axes.set_xlim(1e5, 1e7)
         axes.xaxis.set_minor_formatter(NullFormatter())

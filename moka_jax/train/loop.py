@@ -280,10 +280,9 @@ class _Run:
                         self._evaluate(step, state, clock, interrupt)
                         best, gains_nothing = self.standing()
                     ended = self.has_ended(step, gains_nothing)
+                    # not if the evaluation was interrupted, and will be made up for
                     if step % config.checkpoint_every == 0 and not self._evaluation_is_due(step):
-                        self._record_gates(
-                            step, state
-                        )  # not if the evaluation was interrupted, and will be made up for
+                        self._record_gates(step, state)
                     stop = any_process(interrupt.requested)
                     if ended or stop or step == best or (step > 0 and step % config.checkpoint_every == 0):
                         self._check_skipped(step, metrics)

@@ -53,7 +53,7 @@ def run_schema() -> Schema:
 def _of_dataclass(cls: type) -> Schema:
     if cls is AdapterSettings:
         return _of_adapter()
-    types_, told = get_type_hints(cls), argument_texts(cls)
+    types_, told = get_type_hints(cls), _argument_texts(cls)
     properties, required = {}, []
     for field in dataclasses.fields(cls):
         properties[field.name] = _of_type(types_[field.name]) | {"description": told[field.name]}
@@ -66,12 +66,12 @@ def _of_dataclass(cls: type) -> Schema:
 
 def _of_adapter() -> Schema:
     """`preset` or `start`, and beside them the fields of `MokaConfig`; with `start`, null leaves one as it is."""
-    types_, told = get_type_hints(MokaConfig), argument_texts(MokaConfig)
+    types_, told = get_type_hints(MokaConfig), _argument_texts(MokaConfig)
     properties: Schema = {
         name: _or_null(_PLAIN_FORMS.get(name) or _of_type(types_[name])) | {"description": told[name]}
         for name in types_
     }
-    own, texts = get_type_hints(AdapterSettings), argument_texts(AdapterSettings)
+    own, texts = get_type_hints(AdapterSettings), _argument_texts(AdapterSettings)
     del own["overrides"]
     properties |= {name: _of_type(own[name]) | {"description": texts[name]} for name in own}
     properties["preset"] |= _or_null({"enum": list(PRESETS)})
@@ -95,7 +95,7 @@ def _or_null(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def argument_texts(cls: type) -> Mapping[str, str]:
+def _argument_texts(cls: type) -> Mapping[str, str]:
     """What the docstring of a class says of each of its arguments."""
     (section,) = re.findall(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.MULTILINE)
     found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section, re.DOTALL | re.MULTILINE)
