@@ -7,20 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moka_core import ConfigError
 from moka_core.config import RUNTIME_FIELDS
 from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train.adapter_settings import AdapterSettings
-from moka_jax.train.checks import (
-    check_choice,
-    check_path,
-    check_whole,
-    constructor_arguments,
-    named_values,
-    number,
-)
+from moka_jax.train.checks import Count, Within, check_fields, constructor_arguments, named_values
 from moka_jax.train.optimiser import OptimiserConfig
 from moka_jax.train.overrides import merge_overrides, parse_overrides, read_yaml
 
@@ -62,17 +55,12 @@ class DataConfig:
 
     train: str
     eval: str | None = None
-    max_length: int = 512
+    max_length: Annotated[int, Within("[2, inf)")] = 512
     chat_template: bool = True
     packing: bool = False
 
     def __post_init__(self) -> None:
-        check_path("data.train", self.train)
-        if self.eval is not None:
-            check_path("data.eval", self.eval)
-        check_whole("data.max_length", self.max_length, least=2)
-        check_choice("data.chat_template", self.chat_template, (True, False))
-        check_choice("data.packing", self.packing, (True, False))
+        check_fields(self, "data.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataConfig:
@@ -91,12 +79,11 @@ class EarlyStopping:
             token).
     """
 
-    patience: int
-    min_delta: float = 0.0
+    patience: Count
+    min_delta: Annotated[float, Within("[0, inf)")] = 0.0
 
     def __post_init__(self) -> None:
-        check_whole("early_stopping.patience", self.patience, least=1)
-        object.__setattr__(self, "min_delta", number("early_stopping.", "min_delta", self.min_delta, "[0, inf)"))
+        check_fields(self, "early_stopping.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +95,11 @@ class Profile:
         steps: how many, at least 1.
     """
 
-    start: int
-    steps: int
+    start: Count
+    steps: Count
 
     def __post_init__(self) -> None:
-        check_whole("profile.start", self.start, least=1)
-        check_whole("profile.steps", self.steps, least=1)
+        check_fields(self, "profile.")
 
     @property
     def last(self) -> int:
@@ -132,15 +118,13 @@ class MeshConfig:
         shard_adapter: split the adapter and its optimiser over fsdp, too; they are small.
     """
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Count = 1
+    fsdp: Count = 1
+    tensor: Count = 1
     shard_adapter: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp", "tensor"):
-            check_whole(f"mesh.{name}", getattr(self, name), least=1)
-        check_choice("mesh.shard_adapter", self.shard_adapter, (True, False))
+        check_fields(self, "mesh.")
 
     def layout(self) -> Layout:
         """The mesh, made of the devices that there are.
@@ -194,49 +178,28 @@ class TrainConfig:
     output: str
     data: DataConfig
     optimiser: OptimiserConfig
-    steps: int
-    batch_size: int
-    accumulate: int = 1
+    steps: Count
+    batch_size: Count
+    accumulate: Count = 1
     quantise: Quantise = "nf4-double"
     dtype: Dtype = "bfloat16"
     remat: bool = True
     attend: Attend = "xla"
     mesh: MeshConfig | None = None
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
-    eval_every: int = 100
-    eval_batches: int | None = None
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    log_every: int = 1
+    eval_every: Count = 100
+    eval_batches: Count | None = None
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    log_every: Count = 1
     early_stopping: EarlyStopping | None = None
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, Within("[0, inf)")] = 10
     tensorboard: bool = False
     profile: Profile | None = None
-    seed: int = 0
+    seed: Annotated[int, Within("[0, 4294967296)")] = 0
 
     def __post_init__(self) -> None:
-        for name in ("base", "output"):
-            check_path(name, getattr(self, name))
-        check_choice("quantise", self.quantise, ("nf4-double", "nf4", "none"))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("remat", self.remat, (True, False))
-        check_choice("attend", self.attend, ("xla", "cudnn"))
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_checkpoints"):
-            check_whole(name, getattr(self, name), least=1)
-        check_whole("log_every", self.log_every, least=1)
-        check_whole("max_skipped_steps", self.max_skipped_steps, least=0)
-        check_choice("tensorboard", self.tensorboard, (True, False))
-        if self.eval_batches is not None:
-            check_whole("eval_batches", self.eval_batches, least=1)
-        check_whole("seed", self.seed, least=0)
-        if self.seed >= 2**32:
-            raise ConfigError(f"seed: expected 0 <= seed < 2^32; got {self.seed!r}")
-        for name, kind in (("data", DataConfig), ("optimiser", OptimiserConfig), ("adapter", AdapterSettings)):
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}: expected {kind.__name__}; got {getattr(self, name)!r}")
-        for name, optional in _OPTIONAL.items():
-            if not isinstance(getattr(self, name), optional | None):
-                raise ConfigError(f"{name}: expected {optional.__name__} or None; got {getattr(self, name)!r}")
+        check_fields(self)
         if self.early_stopping is not None and self.data.eval is None:
             raise ConfigError(
                 "early_stopping: expected data.eval, the examples whose loss it watches; got none; "

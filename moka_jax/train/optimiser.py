@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optax
 
 from moka_core import ConfigError
-from moka_jax.train.checks import check_choice, check_whole, constructor_arguments, number
+from moka_jax.train.checks import Within, check_choice, check_fields, constructor_arguments
 
 OptimiserName = Literal["adamw", "lion", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -21,7 +21,6 @@ OPTIONS: dict[str, dict[str, float]] = {
     "lion": {"b1": 0.9, "b2": 0.99},
     "adafactor": {},
 }
-SCHEDULES = ("cosine", "linear", "constant")
 _OF_BITSANDBYTES = re.compile(r"paged|8_?bit", re.IGNORECASE)
 
 
@@ -65,16 +64,16 @@ class OptimiserConfig:
         ConfigError: a value is out of range, or given though the optimiser or the schedule does not read it.
     """
 
-    learning_rate: float
+    learning_rate: Annotated[float, Within("(0, inf)")]
     name: OptimiserName = "adamw"
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Within("[0, inf)")] = 0
     schedule: Schedule = "cosine"
-    final_fraction: float | None = None
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
+    final_fraction: Annotated[float, Within("[0, 1]")] | None = None
+    weight_decay: Annotated[float, Within("[0, inf)")] = 0.0
+    clip_norm: Annotated[float, Within("(0, inf)")] | None = 1.0
+    b1: Annotated[float, Within("[0, 1)")] | None = None
+    b2: Annotated[float, Within("[0, 1)")] | None = None
+    eps: Annotated[float, Within("(0, inf)")] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.name, str) and _OF_BITSANDBYTES.search(self.name):
@@ -84,8 +83,6 @@ class OptimiserConfig:
                 f"use one of {', '.join(OPTIONS)}"
             )
         check_choice("optimiser.name", self.name, tuple(OPTIONS))
-        check_choice("optimiser.schedule", self.schedule, SCHEDULES)
-        check_whole("optimiser.warmup_steps", self.warmup_steps, least=0)
         if self.schedule == "constant" and self.final_fraction is not None:
             raise ConfigError("optimiser.final_fraction: schedule 'constant' does not read it; leave it out")
         for option in ("b1", "b2", "eps"):
@@ -93,20 +90,10 @@ class OptimiserConfig:
                 readers = " and ".join(name for name, options in OPTIONS.items() if option in options)
                 raise ConfigError(f"optimiser.{option}: {self.name} does not read it ({readers} would); leave it out")
         defaults = OPTIONS[self.name] | ({} if self.schedule == "constant" else {"final_fraction": 0.0})
-        for name, limits in (
-            ("learning_rate", "(0, inf)"),
-            ("final_fraction", "[0, 1]"),
-            ("weight_decay", "[0, inf)"),
-            ("clip_norm", "(0, inf)"),
-            ("b1", "[0, 1)"),
-            ("b2", "[0, 1)"),
-            ("eps", "(0, inf)"),
-        ):
-            value = getattr(self, name)
-            value = defaults.get(name) if value is None else value
-            if value is not None or name in ("learning_rate", "weight_decay"):
-                value = number("optimiser.", name, value, limits)
-            object.__setattr__(self, name, value)
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        check_fields(self, "optimiser.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OptimiserConfig:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
-import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from moka_core import PRESETS, MokaConfig
 from moka_jax.train.adapter_settings import AdapterSettings
+from moka_jax.train.checks import Within, without_none
 from moka_jax.train.config import TrainConfig
 
 Schema = dict[str, Any]
@@ -23,22 +24,30 @@ _GROUPS: Schema = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 5, "maxItems": 5},
 }
-# Fields of `MokaConfig` whose plain form, as `MokaConfig.from_dict` takes it, is another than its type.
+_COUNT: Schema = {"type": "integer", "minimum": 1}
+_SCALE: Schema = {"type": "number", "not": {"const": 0}}
+# Fields of `MokaConfig` whose plain form, as `MokaConfig.from_dict` takes it, says more than their type.
 _PLAIN_FORMS: dict[str, Schema] = {
+    "r": _COUNT,
+    "num_shapes": _COUNT,
+    "block_entries": _COUNT,
+    "lora_terms": {"type": "integer", "minimum": 0},
+    "scale": _SCALE,
+    "dropout": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
     "shapes": {"type": "object", "additionalProperties": _GROUPS},
     "target_modules": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-    "r_pattern": {"type": "object", "additionalProperties": {"type": "integer"}},
+    "r_pattern": {"type": "object", "additionalProperties": _COUNT},
     "shapes_pattern": {"type": "object", "additionalProperties": _GROUPS},
-    "scale_pattern": {"type": "object", "additionalProperties": {"type": "number"}},
+    "scale_pattern": {"type": "object", "additionalProperties": _SCALE},
 }
 
 
 def run_schema() -> Schema:
-    """The JSON schema (draft 2020-12) of what `TrainConfig.from_dict` takes: names, types, choices, defaults.
+    """The JSON schema (draft 2020-12) of what `TrainConfig.from_dict` takes: names, types, ranges, choices, defaults.
 
-    It accepts every valid config whose numbers are written as numbers, and refuses unknown keys, missing ones and
-    values of a wrong type. Ranges, and what two settings say together, stand in the descriptions; `TrainConfig` checks
-    them.
+    It accepts every valid config whose numbers are written as numbers, and refuses unknown keys, missing ones, and
+    values of a wrong type or out of range. What two settings say together stands in the descriptions; `TrainConfig`
+    checks it.
 
     >>> run_schema()["required"]
     ['base', 'output', 'data', 'steps', 'batch_size']
@@ -53,7 +62,7 @@ def run_schema() -> Schema:
 def _of_dataclass(cls: type) -> Schema:
     if cls is AdapterSettings:
         return _of_adapter()
-    types_, told = get_type_hints(cls), _argument_texts(cls)
+    types_, told = get_type_hints(cls, include_extras=True), _argument_texts(cls)
     properties, required = {}, []
     for field in dataclasses.fields(cls):
         properties[field.name] = _of_type(types_[field.name]) | {"description": told[field.name]}
@@ -83,12 +92,21 @@ def _of_type(kind: Any) -> Schema:
         return {"type": _PLAIN[kind]}
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Annotated:
+        number, limits = get_args(kind)
+        return _of_type(number) | _range(limits)
+    inner, optional = without_none(kind)
+    if optional:
         return _or_null(_of_type(inner))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _of_dataclass(kind)
     raise TypeError(f"expected a type that has a plain form; got {kind!r}")
+
+
+def _range(limits: Within) -> Schema:
+    low, high = (int(end) if end.is_integer() else end for end in limits.ends)
+    found = {"minimum" if limits.has_low else "exclusiveMinimum": low}
+    return found if math.isinf(high) else found | {"maximum" if limits.has_high else "exclusiveMaximum": high}
 
 
 def _or_null(schema: Schema) -> Schema:

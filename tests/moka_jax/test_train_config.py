@@ -86,7 +86,7 @@ def test_a_rate_that_pyyaml_reads_as_text_is_a_number() -> None:
         ({"eval_batches": 0}, "eval_batches: expected a whole number >= 1; got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: expected a whole number >= 1; got 0"),
         ({"log_every": 0}, "log_every: expected a whole number >= 1; got 0"),
-        ({"seed": 2**32}, "seed: expected 0 <= seed < 2^32; got 4294967296"),
+        ({"seed": 2**32}, "seed: expected a whole number, 0 <= seed < 4294967296; got 4294967296"),
         ({"quantise": "int8"}, "quantise: expected one of nf4-double, nf4, none; got 'int8'"),
         ({"dtype": "float16"}, "dtype: expected one of float32, bfloat16; got 'float16'"),
         ({"base": 3}, "base: expected a path; got 3"),

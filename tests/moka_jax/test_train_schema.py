@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -91,6 +92,60 @@ def test_what_a_run_refuses_the_schema_refuses(validator, place, value):
     with pytest.raises(ConfigError):
         TrainConfig.from_dict(values)
     assert not validator.is_valid(values)
+
+
+def numbers(schema: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The place and the schema of every number that a run can set."""
+    for kind in [schema, *schema.get("anyOf", [])]:
+        if kind.get("type") in ("integer", "number"):
+            yield place, kind
+        for name, inner in kind.get("properties", {}).items():
+            yield from numbers(inner, (*place, name))
+
+
+# A run refuses these for another setting's value: they are what the test would have to change beside them.
+BESIDE: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {
+    ("steps",): {("optimiser", "warmup_steps"): 0, ("profile",): None},
+    ("adapter", "r"): {("adapter", "shapes"): {}},
+    ("profile", "start"): {("steps",): 10},
+    ("profile", "steps"): {("steps",): 10},
+    ("optimiser", "eps"): {("optimiser", "name"): "adamw"},
+    ("optimiser", "final_fraction"): {("optimiser", "schedule"): "cosine"},
+    ("early_stopping", "patience"): {("data", "eval"): "e", ("early_stopping",): {}},
+    ("early_stopping", "min_delta"): {("data", "eval"): "e", ("early_stopping",): {"patience": 1}},
+}
+RANGED = [(".".join(place), place, kind) for place, kind in numbers(run_schema())]
+
+
+@pytest.mark.parametrize(("place", "kind"), [entry[1:] for entry in RANGED], ids=[entry[0] for entry in RANGED])
+def test_the_ranges_of_the_schema_are_those_of_a_run(validator, place, kind):
+    """At each end of a number's range, the last value that is taken and the first that is not."""
+    step = 1 if kind["type"] == "integer" else 1e-9
+    ends = {"minimum": -step, "maximum": step, "exclusiveMinimum": 0, "exclusiveMaximum": 0}
+    found = [name for name in ends if name in kind]
+    assert found or kind.get("not") == {"const": 0}, "a number without a range"
+
+    def check(value: float, taken: bool) -> None:
+        values = copy.deepcopy(FULL)
+        for where, own in {**BESIDE.get(place, {}), place: value}.items():
+            inside = values
+            for key in where[:-1]:
+                inside = inside.setdefault(key, {})
+            inside[where[-1]] = own
+        assert validator.is_valid(values) == taken
+        if taken:
+            TrainConfig.from_dict(values)
+        else:
+            with pytest.raises(ConfigError, match=f"{place[-1]}: expected"):
+                TrainConfig.from_dict(values)
+
+    if not found:
+        check(0, taken=False)
+        check(-1.0, taken=True)
+    for name in found:
+        inwards = step if "inimum" in name else -step
+        check(kind[name] + ends[name], taken=False)
+        check(kind[name] + (inwards if ends[name] == 0 else 0), taken=True)
 
 
 @pytest.mark.parametrize("key", run_schema()["required"])
