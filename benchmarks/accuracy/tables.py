@@ -51,6 +51,7 @@ PAIRS = (
 DRAWS = 10_000
 PICTURE = Path(__file__).parents[2] / "docs" / "accuracy.png"
 Rows = Sequence[Mapping[str, Any]]
+Interval = tuple[float, float, float]  # the mean, and its ends
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,9 +97,7 @@ def lost(rows: Rows) -> np.ndarray:
     return each * (np.array([row["loss"] for row in rows]) / each.mean(axis=1))[:, None]
 
 
-def interval(
-    values: np.ndarray, *, sources: Sequence[int] | None = None, draws: int = DRAWS
-) -> tuple[float, float, float]:
+def interval(values: np.ndarray, *, sources: Sequence[int] | None = None, draws: int = DRAWS) -> Interval:
     """The mean over seeds and questions, and the ends of its 95 % interval.
 
     What n seeds deviate from their mean is taken √(n / (n - 1)) times as far, since a bootstrap of few understates it.
@@ -136,14 +135,19 @@ def sources(rows: Rows, task: str, split: str = "test") -> Sequence[int] | None:
     return None if found is None else found.get("sources")
 
 
-def differences(own: Rows, than: Rows, alike: Sequence[int] | None) -> list[str]:
+def differences(own: Rows, than: Rows, alike: Sequence[int] | None) -> tuple[Interval, Interval]:
     """Accuracy by character and loss minus another method's, over the seeds that both have, with their intervals."""
     seeds = {row["seed"] for row in own} & {row["seed"] for row in than}
     own, than = ([row for row in some if row["seed"] in seeds] for some in (own, than))
-    return [
-        _percent(*interval(answered(own, "accuracy_norm") - answered(than, "accuracy_norm"), sources=alike), sign=True),
-        "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(lost(own) - lost(than), sources=alike)),
-    ]
+    return (
+        interval(answered(own, "accuracy_norm") - answered(than, "accuracy_norm"), sources=alike),
+        interval(lost(own) - lost(than), sources=alike),
+    )
+
+
+def _differences_told(own: Rows, than: Rows, alike: Sequence[int] | None) -> list[str]:
+    accuracy, loss = differences(own, than, alike)
+    return [_percent(*accuracy, sign=True), "{:+.3f} ({:+.3f} to {:+.3f})".format(*loss)]
 
 
 def _setting(rows: Rows) -> str:
@@ -180,7 +184,7 @@ def _test_table(rows: Rows, task: str) -> str:
             continue
         minus: list[str | None] = [None, None]
         if len(reference) >= SEEDS <= len(own) and method != REFERENCE:
-            minus = list(differences(own, reference, alike))
+            minus = list(_differences_told(own, reference, alike))
         lines.append(
             [
                 method,
@@ -207,7 +211,7 @@ def _pairs_table(rows: Rows, task: str) -> str:
         for split, least in (("test", SEEDS), ("validation", 1)):
             own, than = (chosen_rows(rows, task, method, split) for method in (one, other))
             enough = len(own) >= least <= len(than)
-            cells += differences(own, than, sources(rows, task, split)) if enough else [None, None]
+            cells += _differences_told(own, than, sources(rows, task, split)) if enough else [None, None]
         if any(cells):
             lines.append([about, f"{one} minus {other}", *cells])
     headers = ["what", "difference", "test: accuracy, %", "loss", "validation: accuracy, %", "loss"]
@@ -233,41 +237,54 @@ def _percent(mean: float, low: float, high: float, *, sign: bool = False) -> str
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Accuracy against trainable parameters, a panel a task; the base's own is a line.
+    """Accuracy against trainable parameters, and below it the loss minus that of `REFERENCE`; a column a task.
 
-    Methods of about the same size are set apart a little, so that each can be seen.
+    Methods of about the same size are set apart a little, so that each can be seen. The accuracy of the base is a line.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(tasks) + 2, 4.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(tasks) + 2, 8), layout="constrained")
     shown: dict[str, Any] = {}
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
-        alike, drawn_at = sources(rows, task), 0.0
+    above, below = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
+    for task, accuracy, loss in zip(tasks, above, below, strict=True):
+        alike, drawn_at, reference = sources(rows, task), 0.0, chosen_rows(rows, task, REFERENCE)
         found = {method: own for method in METHODS if (own := chosen_rows(rows, task, method))}
         for method, own in sorted(found.items(), key=lambda item: item[1][0]["parameters"]):
-            mean, low, high = (100 * value for value in interval(answered(own, "accuracy_norm"), sources=alike))
             drawn_at = max(own[0]["parameters"], 1.045 * drawn_at)
-            style = list(METHODS).index(method)
-            shown[method] = axes.errorbar(
-                drawn_at,
-                mean,
-                yerr=[[mean - low], [high - mean]],
-                fmt="osD^v"[style % 5],
-                color=colormaps["tab20"](style % 20),
-                capsize=2,
+            shown[method] = _point(
+                accuracy, method, drawn_at, interval(answered(own, "accuracy_norm"), sources=alike), 100
             )
+            if method != REFERENCE and len(reference) >= SEEDS <= len(own):
+                _point(loss, method, drawn_at, differences(own, reference, alike)[1])
         base = base_row(rows, task)
         if base is not None:
-            shown["the base alone"] = axes.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--")
-        axes.set(title=task, xscale="log", xlabel="trainable parameters", ylabel="accuracy by character, %")
-        axes.set_xlim(1e5, 1e7)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+            shown["the base alone"] = accuracy.axhline(100 * base["accuracy_norm"], color="grey", linestyle="--")
+        loss.axhline(0, color="lightgrey", zorder=0)
+        accuracy.set(title=task, ylabel="accuracy by character, %")
+        loss.set(xscale="log", xlabel="trainable parameters", ylabel=f"loss minus that of {REFERENCE}, nats")
+        loss.set_xlim(1e5, 1e7)
+        loss.xaxis.set_minor_formatter(NullFormatter())
     names = [name for name in (*METHODS, "the base alone") if name in shown]
     figure.legend([shown[name] for name in names], names, loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
+
+
+def _point(axes: Any, method: str, at: float, found: Interval, times: float = 1) -> Any:
+    """A method's interval in a panel, in the method's own colour and sign."""
+    from matplotlib import colormaps
+
+    mean, low, high = (times * value for value in found)
+    style = list(METHODS).index(method)
+    return axes.errorbar(
+        at,
+        mean,
+        yerr=[[mean - low], [high - mean]],
+        fmt="osD^v"[style % 5],
+        color=colormaps["tab20"](style % 20),
+        capsize=2,
+    )
 
 
 if __name__ == "__main__":
