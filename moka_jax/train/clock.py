@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
+
+RECENT = 10  # laps whose pace the time left goes by
 
 
 class Clock:
-    """Seconds of the whole run, and tokens and steps a second since the last lap, pauses left out.
+    """Seconds of the whole run, tokens a second since the last lap, and the pace of the last laps, pauses left out.
 
     Args:
         before: seconds that the run had taken when it was stopped.
@@ -18,6 +21,8 @@ class Clock:
         self._start = time.perf_counter() - before
         self._lap_start = time.perf_counter()
         self._tokens = self._steps = 0
+        self._laps: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self._compiling = True
 
     @property
     def seconds(self) -> float:
@@ -37,9 +42,16 @@ class Clock:
         self._steps += 1
 
     def lap(self) -> tuple[float, float]:
-        """Tokens a second and seconds a step since the last lap."""
+        """Tokens a second since the last lap, and seconds a step over the last `RECENT` ones.
+
+        The first lap, in which steps are compiled, counts only until there is another one.
+        """
         now = time.perf_counter()
         seconds = now - self._lap_start
-        rates = self._tokens / seconds, seconds / self._steps
+        if self._laps and self._compiling:
+            self._laps.clear()
+            self._compiling = False
+        self._laps.append((seconds, self._steps))
+        rates = self._tokens / seconds, sum(lap[0] for lap in self._laps) / sum(lap[1] for lap in self._laps)
         self._lap_start, self._tokens, self._steps = now, 0, 0
         return rates
