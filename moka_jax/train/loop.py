@@ -254,7 +254,10 @@ class _Run:
         if damaged:
             listed = [{"step": step, "why": why} for step, why in damaged.items()]
             self._write({"kind": "fallback", "step": resumed_from, "damaged": listed})
-        self.report.say(f"going on from step {resumed_from} of {self.config.steps}")
+        if self.has_ended(resumed_from, self.standing()[1]):
+            self.report.say(f"this run ended at step {resumed_from} of {self.config.steps}; nothing is left to do")
+        else:
+            self.report.say(f"going on from step {resumed_from} of {self.config.steps}")
 
     def standing(self) -> tuple[int | None, bool]:
         """The step with the lowest held-out loss, if there is one, and whether early stopping ends the run here."""

@@ -152,6 +152,8 @@ def test_interrupted_and_resumed_it_ends_the_same(tmp_path: Path, whole: tuple[T
     again = run(tmp_path, model=make_model(seed=4))  # finished: nothing is left to do, and nothing changes
     assert again[0].resumed_from == 7
     assert_same_end(again, whole)
+    assert "this run ended at step 7 of 7; nothing is left to do" in again[2]
+    assert "going on" not in again[2]
 
 
 def test_crashed_and_resumed_it_ends_the_same(tmp_path: Path, whole: tuple[TrainResult, ToyModel, str]) -> None:
