@@ -29,7 +29,7 @@ from moka_core.adapter import (
     raise_problems,
 )
 from moka_core.config import RUNTIME_FIELDS, SPARSE_FIELDS, check_keys
-from moka_core.paths import no_file
+from moka_core.paths import no_file, no_folder
 from moka_core.seal import FORMAT_VERSION, STORED_DTYPES, adapter_checksum, check_seal, sealed_text
 
 CONFIG_FILE = "adapter_config.json"
@@ -132,6 +132,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _load(folder: Path, *, verify: bool) -> Adapter:
+    if why := no_folder(folder):
+        raise AdapterError(
+            f"{folder}: {why}; expected an adapter folder, as moka export, save_adapter or PEFT's save_pretrained "
+            "writes it"
+        )
     config, fields = _read_config(folder)
     config, plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
     tensors = _read_tensors(folder, config, plans)

@@ -15,6 +15,21 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from moka_cli.options import (
+    AdapterFolder,
+    AllowOtherBase,
+    Base,
+    Checkpoint,
+    Dtype,
+    Fields,
+    Held,
+    JsonFile,
+    MovedBase,
+    NewAdapter,
+    Preset,
+    Quantise,
+    Run,
+)
 from moka_core.errors import MokaError
 
 app = typer.Typer(
@@ -25,23 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Quantise = Annotated[
-    str | None,
-    typer.Option(
-        help="How the base is held: nf4-double (as QLoRA), nf4 or none; by default as the adapter was trained, else "
-        "nf4-double."
-    ),
-]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", dir_okay=False, allow_dash=True, help="Write the figures to this file, too; - prints them, alone."
-    ),
-]
-AllowOtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Take another base than the adapter was trained on.")
-]
 
 
 def _print_schema(wanted: bool) -> None:
@@ -75,7 +73,7 @@ def demo(
     run_demo(output, steps=steps)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the settings of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as key.sub=value.")] = None,
@@ -99,17 +97,22 @@ def train(
     """
     from moka_cli.train import run_dry, run_train
 
+    for given in (str(config), *(overrides or [])):
+        if given.startswith("-"):
+            setting = given.strip("-").partition("=")[0].replace("-", "_")
+            raise typer.BadParameter(
+                f"No such option: {given}; the options are --dry-run, --schema and --help, and settings of the run "
+                f"are given without dashes: {setting}=VALUE"
+            )
     (run_dry if dry_run else run_train)(config, overrides or [])
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
-    out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
-    base: Annotated[Path | None, typer.Option(help="Where the base model is now, if it was moved.")] = None,
-    checkpoint: Annotated[
-        Literal["last", "best"], typer.Option(help="The newest checkpoint, or the one of the lowest held-out loss.")
-    ] = "last",
+    run: Run,
+    out: NewAdapter,
+    base: MovedBase = None,
+    checkpoint: Checkpoint = "last",
 ) -> None:
     """Write a run's adapter as a folder that both backends load, PEFT included.
 
@@ -122,12 +125,10 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
+    run: Run,
     out: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html by default.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Where the base model is now, if it was moved.")] = None,
-    checkpoint: Annotated[
-        Literal["last", "best"], typer.Option(help="The newest checkpoint, or the one of the lowest held-out loss.")
-    ] = "last",
+    base: MovedBase = None,
+    checkpoint: Checkpoint = "last",
     parity: Annotated[Path | None, typer.Option(help="Show the figures that moka parity --json wrote.")] = None,
     before: Annotated[
         Path | None, typer.Option(help="Show completions: the lines that moka generate --json wrote without --adapter.")
@@ -147,14 +148,14 @@ def report(
 
 @app.command()
 def lora(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: AdapterFolder,
     out: Annotated[Path, typer.Argument(help="LoRA folder to write; it must not exist yet.")],
     rank: Annotated[int | None, typer.Option(help="The rank k, the same for every layer.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Take the smallest rank at which no layer's relative error is above this.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="With --max-error: the largest rank to write.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the written factors: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of the written factors.")] = "float32",
     base: Annotated[
         Path | None, typer.Option(help="The base model's folder: measure the error in logits, too.")
     ] = None,
@@ -186,7 +187,7 @@ def lora(
 
 @app.command()
 def parity(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: AdapterFolder,
     base: Annotated[Path, typer.Option(help="The base model's folder, dense or packed by bitsandbytes.")],
     backend: Annotated[
         Literal["both", "jax", "torch"], typer.Option(help="Both against each other, or one against float64 in NumPy.")
@@ -233,12 +234,15 @@ def parity(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: AdapterFolder,
     out: Annotated[Path, typer.Argument(help="Model folder to write; it must not exist yet.")],
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32, bfloat16 or float16.")] = "bfloat16",
+    base: Base,
+    dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = "bfloat16",
     pack: Annotated[
-        str | None, typer.Option(help="Write linear weights in 4 bits, nf4-double or nf4; loses small updates.")
+        Literal["nf4-double", "nf4"] | None,
+        typer.Option(
+            help="Write linear weights in 4 bits, as QLoRA or without double quantisation; loses small updates."
+        ),
     ] = None,
     quantise: Quantise = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest file, in GB; one is in memory at a time.")] = 1.0,
@@ -268,7 +272,7 @@ def merge(
 
 @app.command()
 def generate(
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    base: Base,
     prompt: Annotated[list[str] | None, typer.Option(help="What to complete; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='File with a prompt a line; .jsonl: JSON strings, or objects with "prompt".')
@@ -316,7 +320,7 @@ def generate(
 
 @app.command("eval")
 def eval_(
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    base: Base,
     adapter: Annotated[Path | None, typer.Argument(help="Adapter folder; without one the base is evaluated.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Names of lm-eval's tasks and YAML files of your own, with commas between.")
@@ -367,8 +371,8 @@ def eval_(
 @app.command()
 def params(
     arch: Annotated[str, typer.Option(help="Name of an architecture (llama3-8b, …), or a model folder.")],
-    preset: Annotated[str, typer.Option(help="Preset: recommended, paper or paper-s.")] = "paper",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
+    preset: Preset = "paper",
+    set_: Fields = None,
     explain: Annotated[bool, typer.Option(help="Say how each layer would be computed, and at what cost.")] = False,
     json_: JsonFile = None,
 ) -> None:
@@ -383,7 +387,7 @@ def params(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: AdapterFolder,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer, too, and every dead term.")] = False,
     no_rank: Annotated[
         bool, typer.Option("--no-rank", help="Leave out what needs singular values, which take nearly all of the time.")
@@ -408,18 +412,18 @@ def import_(
     source: Annotated[
         Path, typer.Argument(help="A LoRA adapter's folder (PEFT), or a model fine-tuned from the base.")
     ],
-    out: Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")],
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
-    preset: Annotated[str, typer.Option(help="Preset: recommended, paper or paper-s.")] = "paper",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the preset, as key=value.")] = None,
+    out: NewAdapter,
+    base: Base,
+    preset: Preset = "paper",
+    set_: Fields = None,
     lora_terms: Annotated[
         int, typer.Option(help="Add so many terms (1 x in) ⊗ (out x 1); as many as a LoRA's rank hold it exactly.")
     ] = 0,
     quantise: Annotated[
-        str | None,
+        Held | None,
         typer.Option(
-            help="How the base will be held, which the adapter notes: nf4-double, nf4 or none; by default as the "
-            "folder is packed, else nf4-double."
+            help="How the base will be held, which the adapter notes; by default as the folder is packed, else "
+            "nf4-double."
         ),
     ] = None,
     only_targets: Annotated[

@@ -91,7 +91,7 @@ def probe_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[
             path, tokenizer, max_length=settings.max_length, chat_template=settings.chat_template, first=PROBED
         )
         told = f"the first {len(found.examples)}" if len(found.examples) == PROBED else f"all {len(found.examples)}"
-        lines.append(f"{name}: {told} examples of {path} can be used, the longest has {found.longest} tokens")
+        lines.append(f"{name}: {told} examples of {path} can be used, the longest of these has {found.longest} tokens")
     return lines
 
 

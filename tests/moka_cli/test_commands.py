@@ -289,11 +289,42 @@ def test_planning_makes_no_array_and_tells_where_each_will_be(run):
     assert any(any(leaf.sharding.spec) for leaf in jax.tree.leaves(frozen))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("quantise", "int8", "'nf4-double', 'nf4', 'none'"),
+        ("dtype", "int8", "'float32', 'bfloat16', 'float16'"),
+        ("pack", "fp4", "'nf4-double', 'nf4'"),
+        ("checkpoint", "first", "'last', 'best'"),
+    ],
+)
+def test_a_choice_that_there_is_none_of_is_refused_by_every_command_with_those_that_there_are(
+    option, value, choices, capsys
+):
+    commands = [name for name, command in COMMANDS.items() if option in {each.name for each in command.params}]
+    assert commands
+    for name in commands:
+        assert call(name, f"--{option}", value) == 2
+        told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert f"'{value}' is not one of {choices}" in told, name
+
+
+@pytest.mark.parametrize("given", [("run.yaml", "--quantise", "none"), ("--quantise=none", "run.yaml")])
+def test_a_setting_given_as_an_option_is_refused_with_how_it_is_given(given, capsys):
+    assert call("train", *given) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "No such option: --quantise" in told
+    assert "--dry-run, --schema and --help" in told
+    assert told.rstrip("─╯╰ ").endswith("given without dashes: quantise=VALUE")
+
+
 def test_a_dry_run_plans_and_leaves_nothing(run, tmp_path, capsys):
     assert call("train", run / "run.yaml", "--dry-run", f"output={tmp_path / 'new' / 'out'}") == 0
     printed = capsys.readouterr().out
     assert "together" in printed
-    assert f"data.train: the first 20 examples of {run / 'train.jsonl'} can be used, the longest has " in printed
+    assert (
+        f"data.train: the first 20 examples of {run / 'train.jsonl'} can be used, the longest of these has " in printed
+    )
     assert f"data.eval: all 5 examples of {run / 'eval.jsonl'} can be used" in printed
     assert not list(tmp_path.iterdir())
 

@@ -71,14 +71,12 @@ def test_the_largest_error_chooses_the_rank(folders, tmp_path, capsys):
         (["--rank", 0], "rank: expected a whole number >= 1; got 0"),
         (["--rank", 129], "rank: expected at most 128"),
         (["--max-error", 1.5], "max_error: expected 0 < max_error < 1"),
-        (["--rank", 4, "--dtype", "int8"], "dtype: expected float32, bfloat16 or float16; got 'int8'"),
         (
             ["--rank", 4, "--json", "nowhere/errors.json"],
             "nowhere/errors.json: expected an existing folder; nowhere is none",
         ),
         (["--rank", 4, "--base", "nowhere"], "nowhere"),
         (["--rank", 4, "--quantise", "nf4"], "--quantise nf4: says how the base is held where logits are compared"),
-        (["--rank", 4, "--quantise", "foo", "--base", "BASE"], "expected nf4-double, nf4 or none; got 'foo'"),
     ],
 )
 def test_a_request_that_makes_no_sense_ends_with_one_message_and_no_folder(folders, tmp_path, capsys, options, message):

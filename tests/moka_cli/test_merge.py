@@ -146,9 +146,6 @@ def test_another_base_must_be_allowed(adapter, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "int8"), "dtype: expected float32, bfloat16, float16; got 'int8'"),
-        (("--pack", "fp4"), "pack: expected nf4-double, nf4 or None; got 'fp4'"),
-        (("--quantise", "int8"), "quantise: expected nf4-double, nf4 or none; got 'int8'"),
         (("--max-shard-gb", "0"), "--max-shard-gb: expected more than 0; got 0.0"),
         (("--json", "nowhere/report.json"), "nowhere/report.json: expected an existing folder; nowhere is none"),
         (("--base", "nowhere"), "nowhere: no such folder"),
@@ -169,6 +166,8 @@ def test_a_target_that_exists_is_refused(base, adapter, tmp_path, capsys):
     assert "out: expected a folder that does not exist yet" in capsys.readouterr().err
     assert call("merge", base, tmp_path / "other", "--base", base) == 1
     assert "adapter_config.json: no such file" in capsys.readouterr().err
+    assert call("merge", tmp_path / "gone", tmp_path / "other", "--base", base) == 1
+    assert "gone: no such folder; expected an adapter folder, as moka export" in capsys.readouterr().err
 
 
 def save_scaled(base, folder, scale, factor=1.0):
