@@ -100,7 +100,7 @@ def main(
     edge = int(len(code) * (1 - HELD_OUT))
 
     model = Gpt(width=width, rngs=nnx.Rngs(seed))
-    fit(model, nnx.Param, draws(english, model.length, base_steps, seed), optax.adamw(1e-3))
+    fit("base", model, nnx.Param, draws(english, model.length, base_steps, seed), optax.adamw(1e-3))
     model.base_fingerprint = fingerprint(model)  # the adapter remembers it, and refuses another base
     copy = nnx.clone(model)
     held_out = list(draws(code[edge:], model.length, 8, seed))
@@ -109,7 +109,7 @@ def main(
     attach(model, preset("recommended", target_modules=TARGETS, dropout=0.0), seed=seed)
     trained, total = (sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind))) for kind in (MokaParam, ...))
     print(f"{trained:,} of {total:,} parameters are trained")
-    fit(model, MokaParam, draws(code[:edge], model.length, steps, seed), optax.adamw(learning_rate))
+    fit("adapter", model, MokaParam, draws(code[:edge], model.length, steps, seed), optax.adamw(learning_rate))
     after = mean_loss(model, held_out)
 
     folder = output / "adapter"
@@ -121,8 +121,10 @@ def main(
     return Losses(before, after, merged)
 
 
-def fit(model: nnx.Module, kind: type, batches: Iterator[np.ndarray], rule: optax.GradientTransformation) -> None:
-    """Train the variables of one kind; all others stay as they are."""
+def fit(
+    what: str, model: nnx.Module, kind: type, batches: Iterator[np.ndarray], rule: optax.GradientTransformation
+) -> None:
+    """Train the variables of one kind; all others stay as they are. `what` says in the lines of progress which."""
     optimiser = nnx.Optimizer(model, rule, wrt=kind)
 
     @nnx.jit
@@ -134,7 +136,7 @@ def fit(model: nnx.Module, kind: type, batches: Iterator[np.ndarray], rule: opta
     for number, batch in enumerate(batches, 1):
         loss = step(model, optimiser, jnp.asarray(batch))
         if number % 50 == 0:
-            print(f"step {number}: loss {loss:.4f}")
+            print(f"{what}, step {number}: loss {loss:.4f}")
 
 
 def loss_of(model: Callable[[jax.Array], jax.Array], batch: jax.Array) -> jax.Array:

@@ -391,8 +391,8 @@ def refuse(name: str, problems: list[str], *, shots: bool = False) -> None:
     if problems:
         few = "fewer --shots make questions shorter; " if shots and "exceed" in problems[0] else ""
         raise DataError(
-            f"{name}: {len(problems)} of its questions cannot be asked as they are ({few}nothing was computed):\n  "
-            + _listed(problems, "\n  ")
+            f"{name}: {len(problems)} of its questions cannot be asked as they are ({few}documents count from 0; "
+            "nothing was computed):\n  " + _listed(problems, "\n  ")
         )
 
 

@@ -53,7 +53,7 @@ def test_answers_by_their_text_and_labels_that_are_not_there(tmp_path):
     rows[1]["label"] = "none of them"
     with pytest.raises(DataError, match=r"document 1: expected a right answer.*got 'none of them'"):
         check(task(tmp_path, "texts", rows))
-    with pytest.raises(DataError, match=r"3 of its questions.*\n  document 0: .*got 'lable'"):
+    with pytest.raises(DataError, match=r"3 of its questions.*documents count from 0.*\n  document 0: .*got 'lable'"):
         check(task(tmp_path, "typo", questions(3), doc_to_target="lable"))
     with pytest.raises(DataError, match=r"(?s)wrong: .*'nothing' is undefined"):
         check(task(tmp_path, "wrong", questions(3), doc_to_text="{{nothing}}"))
