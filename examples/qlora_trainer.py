@@ -5,22 +5,20 @@
 The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. The script holds some lines
 out, trains, keeps the best checkpoint, saves the adapter to OUTPUT/adapter, loads it from there onto a fresh base and
 checks that the loss is the same. The losses are Trainer's: the mean over batches of the mean over learned tokens.
-instruction_data.py beside it reads the data and makes tokens of it.
+instruction_data.py beside it reads the data and makes tokens of it, shared.py has what sft_trainer.py needs as well.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import torch
 import typer
 from instruction_data import IGNORED, Tokens, encode, model_folder, read_rows, split
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from shared import CHECKPOINTING, Losses, check_saved, load_4bit, save_merged, trainer_settings
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,18 +29,6 @@ from transformers import (
 
 import moka_torch
 from moka_core import preset
-
-CHECKPOINTING = {"use_reentrant": False}
-# Bit-equal on a CPU; on a GPU the order of sums is not fixed.
-SAME_LOSS = 1e-3
-
-
-class Losses(NamedTuple):
-    """Held-out losses: of the base, after training, and of the saved adapter on a fresh base."""
-
-    before: float
-    after: float
-    reloaded: float
 
 
 def main(
@@ -96,30 +82,15 @@ def main(
 
     loaded = PeftModel.from_pretrained(load_base(model), output / "adapter")
     losses = Losses(before, after, held_out_loss(make_trainer(loaded, tokenizer, arguments, learned, kept)))
-    print(f"held-out loss: {before:.4f} before, {after:.4f} after, {losses.reloaded:.4f} from {output / 'adapter'}")
-    if abs(losses.reloaded - after) > SAME_LOSS * after:
-        raise RuntimeError(f"{output / 'adapter'}: expected the loss that was saved, {after}; got {losses.reloaded}")
+    check_saved(losses, output / "adapter")
     if merged_output is not None:
-        dense: Any = moka_torch.merge(loaded, dtype=torch.bfloat16)  # the same class as the base
-        dense.save_pretrained(merged_output)
-        tokenizer.save_pretrained(merged_output)
-        print(f"merged, dense, in bfloat16: {merged_output}")
+        save_merged(loaded, tokenizer, merged_output)
     return losses
 
 
 def load_base(folder: Path) -> PreTrainedModel:
-    """The base in NF4 with double quantisation, frozen and ready for training."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
-    if not torch.cuda.is_available():
-        moka_torch.exact_on_cpu(base)  # before the first forward; see its docstring
-    return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=CHECKPOINTING)
+    """The 4-bit base, frozen and ready for training."""
+    return prepare_model_for_kbit_training(load_4bit(folder), gradient_checkpointing_kwargs=CHECKPOINTING)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -132,24 +103,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def training_arguments(output: Path, **settings: Any) -> TrainingArguments:
     """Trainer's settings; `settings` go before what stands here."""
-    cuda = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
-        "lr_scheduler_type": "cosine",
-        "max_grad_norm": 1.0,
-        "bf16": cuda,
-        "use_cpu": not cuda,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": CHECKPOINTING,
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": "none",
-        "dataloader_pin_memory": cuda,
-    }
-    return TrainingArguments(output_dir=str(output), **{**defaults, **settings})
+    return TrainingArguments(output_dir=str(output), **{**trainer_settings(), **settings})
 
 
 def make_trainer(

@@ -5,22 +5,20 @@
 
 The data is JSON lines of {"prompt": "…", "completion": "…"}; only completions are learned. SFTTrainer takes a
 MokaConfig as its `peft_config` like any other. One thing needs care on a quantised base: see `keep_float32`.
-instruction_data.py beside it reads the data.
+instruction_data.py beside it reads the data, shared.py has what qlora_trainer.py needs as well.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import torch
 import typer
 from instruction_data import encode, model_folder, read_rows, split
 from peft import PeftConfig, PeftModel
+from shared import Losses, check_saved, load_4bit, save_merged, trainer_settings
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,17 +32,6 @@ except ModuleNotFoundError as error:
     hint = 'in a clone of MoKA, run: pip install -c constraints.txt -e ".[examples]"'
     raise ModuleNotFoundError(f"{error}, which this script trains with; {hint}", name=error.name) from None
 from datasets import Dataset
-
-# Bit-equal on a CPU; on a GPU the order of sums is not fixed.
-SAME_LOSS = 1e-3
-
-
-class Losses(NamedTuple):
-    """Held-out losses: of the base, after training, and of the saved adapter on a fresh base."""
-
-    before: float
-    after: float
-    reloaded: float
 
 
 def main(
@@ -87,7 +74,7 @@ def main(
         seed=seed,
     )
 
-    trainer = make_trainer(load_base(model), tokenizer, arguments, learned, kept, config)
+    trainer = make_trainer(load_4bit(model), tokenizer, arguments, learned, kept, config)
     print(f"trainable parameters: {trainer.get_num_trainable_parameters():,}")
     before = held_out_loss(trainer)  # a fresh adapter is ΔW = 0
     trainer.train(resume_from_checkpoint=resume)
@@ -95,32 +82,12 @@ def main(
     trainer.save_model(str(output / "adapter"))
     del trainer
 
-    loaded = PeftModel.from_pretrained(load_base(model), output / "adapter")
+    loaded = PeftModel.from_pretrained(load_4bit(model), output / "adapter")
     losses = Losses(before, after, held_out_loss(make_trainer(loaded, tokenizer, arguments, learned, kept)))
-    print(f"held-out loss: {before:.4f} before, {after:.4f} after, {losses.reloaded:.4f} from {output / 'adapter'}")
-    if abs(losses.reloaded - after) > SAME_LOSS * after:
-        raise RuntimeError(f"{output / 'adapter'}: expected the loss that was saved, {after}; got {losses.reloaded}")
+    check_saved(losses, output / "adapter")
     if merged_output is not None:
-        dense: Any = moka_torch.merge(loaded, dtype=torch.bfloat16)  # the same class as the base
-        dense.save_pretrained(merged_output)
-        tokenizer.save_pretrained(merged_output)
-        print(f"merged, dense, in bfloat16: {merged_output}")
+        save_merged(loaded, tokenizer, merged_output)
     return losses
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    """The base in NF4 with double quantisation."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
-    if not torch.cuda.is_available():
-        moka_torch.exact_on_cpu(base)  # before the first forward; see its docstring
-    return base
 
 
 def messages_or_texts(rows: list[dict[str, str]], *, chat: bool) -> Dataset:
@@ -135,24 +102,7 @@ def messages_or_texts(rows: list[dict[str, str]], *, chat: bool) -> Dataset:
 
 def sft_config(output: Path, **settings: Any) -> SFTConfig:
     """SFTTrainer's settings; `settings` go before what stands here."""
-    cuda = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
-        "completion_only_loss": True,
-        "lr_scheduler_type": "cosine",
-        "max_grad_norm": 1.0,
-        "bf16": cuda,  # SFTConfig's default is True on a CPU, too
-        "use_cpu": not cuda,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": "none",
-        "dataloader_pin_memory": cuda,
-    }
+    defaults = trainer_settings() | {"completion_only_loss": True}
     return SFTConfig(output_dir=str(output), **{**defaults, **settings})
 
 

@@ -26,7 +26,7 @@ def run(request, base, data, tmp_path, monkeypatch):
     if request.param == "sft_trainer":
         pytest.importorskip("trl")
     script = importlib.import_module(request.param)
-    monkeypatch.setattr(script, "load_base", lambda folder: pytest.fail("the base is loaded"))
+    monkeypatch.setattr(script, "load_4bit", lambda folder: pytest.fail("the base is loaded"))
 
     def run(**options):
         values = {"model": base, "data": data, "output": tmp_path / "run", "held_out": 8, **options}

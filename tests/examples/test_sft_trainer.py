@@ -17,6 +17,7 @@ from moka_torch import MokaConfig, attach
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 import sft_trainer
+from shared import load_4bit
 from trl import SFTTrainer
 
 from tests.examples.printed import held_out_losses
@@ -41,7 +42,7 @@ def trainer(base, tokenizer, data, tmp_path):
     def build(model=None, config=None, **settings):
         values = {"max_steps": 6, "learning_rate": 0.02, "save_steps": 3, "eval_steps": 3, "save_total_limit": None}
         arguments = sft_trainer.sft_config(tmp_path / "run", **{**values, **settings})
-        model = sft_trainer.load_base(base) if model is None else model
+        model = load_4bit(base) if model is None else model
         learned, kept = rows.select(range(8, 40)), rows.select(range(8))
         return sft_trainer.make_trainer(model, tokenizer, arguments, learned, kept, config)
 
@@ -85,7 +86,7 @@ def test_a_moka_config_is_taken_as_it_is_and_only_the_adapter_moves(trainer, con
 
 
 def test_an_attached_model_is_taken_too(trainer, base, config):
-    made = trainer(model=attach(sft_trainer.load_base(base), config, seed=0))
+    made = trainer(model=attach(load_4bit(base), config, seed=0))
     before = adapter_of(made.model)
     made.train()
     after = adapter_of(made.model)
@@ -111,7 +112,7 @@ def test_both_scripts_learn_the_same_tokens_and_measure_the_same_loss(base, data
     examples = instruction_data.read_rows(data)
     rows = sft_trainer.messages_or_texts(examples, chat=chat)
     arguments = sft_trainer.sft_config(tmp_path, per_device_eval_batch_size=8, max_length=96)
-    model = attach(sft_trainer.load_base(base), config, seed=0)
+    model = attach(load_4bit(base), config, seed=0)
     made = sft_trainer.make_trainer(model, tokenizer, arguments, rows, rows.select(range(8)))
     wanted = instruction_data.encode(examples, tokenizer, 96)
     assert [{name: row[name] for name in ("input_ids", "labels")} for row in made.train_dataset] == wanted
