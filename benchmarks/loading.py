@@ -33,10 +33,7 @@ TOKENS = 16
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; the result that is written. A child process prints its own figures instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint; kept for the next run")
-    parser.add_argument("--arch", default="llama2-7b", choices=sorted(ARCHITECTURES))
-    parser.add_argument("--shard-gigabytes", type=float, default=5.0)
-    parser.add_argument("--quantise", default="nf4-double", choices=["nf4-double", "nf4", "none"])
+    add_checkpoint_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -46,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = _load(arguments)
         print(json.dumps(result))
         return result
-    if not (arguments.folder / "config.json").is_file():
-        note(f"writing {arguments.arch} with random weights to {arguments.folder}")
-        write_checkpoint(arguments.folder, architecture(arguments.arch), shard_bytes=arguments.shard_gigabytes * GIGA)
+    have_checkpoint(arguments)
     command = [sys.executable, "-m", "benchmarks.loading", *(sys.argv[1:] if argv is None else argv), "--child"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     result = {"script": "loading", "arch": arguments.arch, "quantise": arguments.quantise, **found}
@@ -67,6 +62,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     markdown = f"# Loading {arguments.arch}, {arguments.quantise}\n\n{describe(result['environment'])}\n\n"
     write_results(arguments.output, f"loading_{arguments.arch}_cpu", result, markdown + table(["", ""], rows))
     return result
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """--folder, --arch, --shard-gigabytes, and how the base is held."""
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint; kept for the next run")
+    parser.add_argument("--arch", default="llama2-7b", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="of the checkpoint to write")
+    parser.add_argument("--quantise", default="nf4-double", choices=["nf4-double", "nf4", "none"])
+
+
+def have_checkpoint(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint that the options ask for, if it is not there."""
+    if not (arguments.folder / "config.json").is_file():
+        note(f"writing {arguments.arch} with random weights to {arguments.folder}")
+        write_checkpoint(arguments.folder, architecture(arguments.arch), shard_bytes=arguments.shard_gigabytes * GIGA)
 
 
 def write_checkpoint(folder: Path, sizes: Architecture, *, shard_bytes: float, seed: int = 0) -> None:

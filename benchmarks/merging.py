@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import describe, environment, note, table, write_results
-from benchmarks.loading import GIGA, write_checkpoint
-from moka_core import Adapter, Architecture, LayerFactors, architecture, plan_model, preset
+from benchmarks.harness import describe, environment, table, write_results
+from benchmarks.loading import GIGA, add_checkpoint_options, have_checkpoint
+from moka_core import Adapter, Architecture, LayerFactors, plan_model, preset
 from moka_core.adapter import expected_tensors
-from moka_core.architecture import ARCHITECTURES
 
 _SAMPLE_SECONDS = 0.02
 
@@ -36,10 +35,7 @@ _SAMPLE_SECONDS = 0.02
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; the result that is written. A child process prints its own figures instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint; kept for the next run")
-    parser.add_argument("--arch", default="llama2-7b", choices=sorted(ARCHITECTURES))
-    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="of the checkpoint to write")
-    parser.add_argument("--quantise", default="nf4-double", choices=["nf4-double", "nf4", "none"])
+    add_checkpoint_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--pack", choices=["nf4-double", "nf4"])
     parser.add_argument("--label", default="", help="appended to the names of the result files")
@@ -51,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = _merge(arguments)
         print(json.dumps(result))
         return result
-    if not (arguments.folder / "config.json").is_file():
-        note(f"writing {arguments.arch} with random weights to {arguments.folder}")
-        write_checkpoint(arguments.folder, architecture(arguments.arch), shard_bytes=arguments.shard_gigabytes * GIGA)
+    have_checkpoint(arguments)
     options = sys.argv[1:] if argv is None else list(argv)
     with tempfile.TemporaryDirectory() as adapter:
         _save_random_adapter(Path(adapter) / "adapter", arguments.folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from conversion.bitsandbytes_state import STATE_KEY, SUFFIXES, from_bitsandbytes, spec_from_bitsandbytes
 from moka_core import ModelError, Nf4Weight, base_fingerprint, dequantise_nf4, quantise_nf4
 from moka_core.nf4 import BLOCK
-from moka_core.paths import no_file, no_folder
+from moka_core.paths import json_object, no_file, no_folder
 from moka_core.sketch import LinearWeight
 from moka_core.tensor_spec import TensorSpec
 
@@ -376,15 +375,7 @@ def _tensor_files(root: Path) -> dict[str, Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"{path}: {no_file(path)}; expected a Hugging Face model folder") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: expected JSON; {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: expected a JSON object; got {type(values).__name__}")
-    return values
+    return json_object(path, ModelError, needed="expected a Hugging Face model folder")
 
 
 def _is_finite(value: np.ndarray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from moka_core import AdapterError
 from moka_core.adapter import DTYPE_NAMES, DTYPES, raise_problems
 from moka_core.config import SCALE_MAX, check_finite
 from moka_core.errors import ConfigError, first_lines
-from moka_core.paths import no_file
+from moka_core.paths import json_object, no_file
 from moka_core.plan import ALL_LINEAR, matches, matches_pattern
 
 # Fields with which ΔW is not lora_B · lora_A, or not all that the adapter does: (why, the value that does nothing).
@@ -212,14 +211,7 @@ def _unfit_message(folder: Path, base: str, stated: Any, unfit: Mapping[str, str
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise AdapterError(f"{path}: {no_file(path)}; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: expected JSON; {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: expected a JSON object; got {type(values).__name__}")
+    values = json_object(path, AdapterError, needed=f"a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}")
     if values.get("peft_type") != "LORA":
         hint = "; this is a MoKA adapter already" if values.get("peft_type") == "MOKA" else ""
         raise AdapterError(f"{path}: expected peft_type 'LORA'; got {values.get('peft_type')!r}{hint}")

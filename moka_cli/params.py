@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moka_cli.figures import check_json, text_console, write_json
 from moka_core import Architecture, ConfigError, LayerPlan, ModelError, MokaConfig, architecture, plan_model, preset
 from moka_core.config import field_values
 from moka_core.execution import EXECUTIONS, costs, plan_execution
-from moka_core.paths import no_file, no_folder
+from moka_core.paths import json_object, no_folder
 from moka_core.plan import lora_parameters
 
 LORA_RANK = 32
@@ -47,12 +46,7 @@ def read_architecture(arch: str) -> Architecture:
     file = path / "config.json" if no_folder(path) is None else path
     if file.name != "config.json":
         return architecture(arch)
-    try:
-        return Architecture.from_hf_config(json.loads(file.read_text(encoding="utf-8")))
-    except OSError:
-        raise ModelError(f"{file}: {no_file(file)}; expected a Hugging Face model folder") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: expected JSON; {error}") from error
+    return Architecture.from_hf_config(json_object(file, ModelError, needed="expected a Hugging Face model folder"))
 
 
 def summarise(model: Architecture, config: MokaConfig, plans: dict[str, LayerPlan]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from moka_core import Adapter, AdapterError, ConfigError, ModelError, base_difference
 from moka_core.adapter import SHOWN, raise_problems
-from moka_core.paths import no_file, no_folder
+from moka_core.paths import json_object, no_file, no_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -352,12 +351,8 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{base}: expected a tokenizer (tokenizer.json or tokenizer.model); found none")
     for name in _TOKENIZER_FILES:
         file = Path(base) / name
-        try:
-            values = json.loads(file.read_text(encoding="utf-8")) if os.path.lexists(file) else {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{file}: expected JSON, as save_pretrained of a tokenizer writes it; {error}") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{file}: expected a JSON object; got {type(values).__name__}")
+        if os.path.lexists(file):
+            json_object(file, ModelError, needed="expected what save_pretrained of a tokenizer writes, or no such name")
     try:
         return AutoTokenizer.from_pretrained(base)
     except Exception as error:  # tokenizers raises bare Exceptions for contents that it cannot use

@@ -1,9 +1,14 @@
-"""Whether a file or a folder can be read, for any path that a user may give."""
+"""Whether a file or a folder can be read, for any path that a user may give, and the JSON object in a file."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from pathlib import Path
+from typing import Any
+
+from moka_core.errors import MokaError
 
 
 def no_folder(path: str | os.PathLike[str]) -> str | None:
@@ -22,6 +27,27 @@ def no_file(path: str | os.PathLike[str]) -> str | None:
     ('no such file, it is a folder', 'no such file')
     """
     return _why_not(path, "file", os.R_OK)
+
+
+def json_object(path: str | os.PathLike[str], failure: type[MokaError], *, needed: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        failure: what is raised.
+        needed: what is said where there is no such file: what a folder with it would be.
+
+    Raises:
+        MokaError: `failure`; the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise failure(f"{path}: {no_file(path) or error}; {needed}") from None
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path}: expected JSON; {error}") from error
+    if not isinstance(values, dict):
+        raise failure(f"{path}: expected a JSON object; got {type(values).__name__}")
+    return values
 
 
 def _why_not(path: str | os.PathLike[str], kind: str, access: int) -> str | None:

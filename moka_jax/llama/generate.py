@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moka_core import ConfigError, DataError, ModelError
+from moka_core.paths import json_object
 from moka_jax.llama.config import LlamaConfig
 from moka_jax.llama.model import KvCache, Llama
 from moka_jax.llama.sampling import SEEDS, Sampling, draw, filter_logits
@@ -166,11 +166,7 @@ def folder_stop_tokens(folder: str | Path) -> list[int]:
     file = Path(folder) / "generation_config.json"
     if not os.path.isfile(file):
         file = Path(folder) / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: expected JSON that can be read; {error}") from error
-    found = values.get("eos_token_id") if isinstance(values, dict) else None
+    found = json_object(file, ModelError, needed="expected a Hugging Face model folder").get("eos_token_id")
     tokens = [] if found is None else found if isinstance(found, list) else [found]
     if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in tokens):
         raise ModelError(f"{file}: eos_token_id: expected a token or a list of tokens; got {found!r}")

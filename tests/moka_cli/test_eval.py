@@ -192,7 +192,6 @@ def test_refusals_of_the_command(base, adapter, tasks, tmp_path, capsys, monkeyp
         ((adapter, "--base", other, "--tasks", pick), "--allow-other-base"),
         (("--base", base, "--tasks", pick, "--limit", 0), "--limit: expected at least 1; got 0"),
         (("--base", base, "--tasks", pick, "--batch-size", 0), "--batch-size: expected at least 1"),
-        (("--base", base, "--tasks", pick, "--quantise", "fp4"), "got 'fp4'"),
         (("--base", base), "expected either --tasks NAME,FILE.yaml or --set commonsense|mmlu; got neither"),
         (("--base", base, "--tasks", pick, "--json", "same", "--samples", "same"), "expected another file than --json"),
         (("--base", base, "--tasks", "mmlu"), "--tasks: mmlu is a set of tasks; use --set mmlu"),

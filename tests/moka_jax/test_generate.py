@@ -296,7 +296,7 @@ def test_the_tokens_that_end_a_text_are_read_as_transformers_does(tmp_path, file
     [
         ('{"eos_token_id": "</s>"}', "eos_token_id: expected a token or a list of tokens; got '</s>'"),
         ('{"eos_token_id": [2, -1]}', r"eos_token_id: expected a token or a list of tokens; got \[2, -1\]"),
-        ("{", "generation_config.json: expected JSON that can be read"),
+        ("{", "generation_config.json: expected JSON"),
     ],
 )
 def test_stop_tokens_that_cannot_be_read_are_an_error(tmp_path, text, message):
