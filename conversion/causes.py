@@ -25,8 +25,11 @@ OUTPUT_TELL = 2e-5
 _BASES = (1e4, 1e5, 2.5e5, 5e5, 1e6, 1e7)  # of the rotary embedding, as published models have them
 
 
-def relative(value: np.ndarray, reference: np.ndarray) -> float:
+def relative(value: np.ndarray, reference: np.ndarray, *, least: float = 0.0) -> float:
     """‖value - reference‖ / ‖reference‖, in float64; infinite if an entry is not finite or only the reference is 0.
+
+    Args:
+        least: the gap is divided by this where ‖reference‖ is smaller.
 
     >>> relative(np.array([3.0, 5.0]), np.array([3.0, 4.0]))
     0.2
@@ -35,7 +38,7 @@ def relative(value: np.ndarray, reference: np.ndarray) -> float:
     if value.shape != reference.shape:
         return float("inf")
     gap = float(np.linalg.norm(value.astype(np.float64) - reference))
-    size = float(np.linalg.norm(reference))
+    size = max(float(np.linalg.norm(reference)), least)
     if not (np.isfinite(gap) and np.isfinite(size)):
         return float("inf")
     if size == 0:

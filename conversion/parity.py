@@ -221,7 +221,7 @@ def compare(
     logits = ours.logits(tokens), theirs.logits(tokens)
     rows += logits_rows(*logits)
     on_stage("comparing gradients")
-    rows += gradient_rows(ours.gradients(batches[0]), theirs.gradients(batches[0]))
+    rows += gradient_rows(ours.gradients(batches[0]), theirs.gradients(batches[0]), truth.adapter.layers)
     traces, diagnosis = None, None
     agrees = all(row.passed for row in rows)
     if trace or not agrees:
@@ -373,11 +373,12 @@ def _own_logits(sides: Sequence[ForwardProbe], logits: Sequence[np.ndarray], tra
 
 def _backward(rows: Sequence[Row]) -> Diagnosis | None:
     """The gradients, where they alone differ."""
-    row = next((row for row in rows if row.name.startswith("gradients")), None)
-    if row is None or row.passed:
+    failed = [row for row in rows if row.name.startswith("gradient") and not row.passed]
+    if not failed:
         return None
+    row = failed[-1]  # the first is of all arrays as one, and names none
     cause = "the backward pass: every module's output agrees"
-    return Diagnosis(module=row.worst, figure=row.figure, bound=row.bound, cause=cause)
+    return Diagnosis(module=row.worst or "no layer alone", figure=row.figure, bound=row.bound, cause=cause)
 
 
 def _number(value: float) -> float | None:

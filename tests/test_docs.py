@@ -36,7 +36,8 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
-ELSEWHERE = "README.md"  # whose Python is run by test_readme.py
+QUICK_STARTS = ("quickstart_jax.md", "quickstart_pytorch.md")
+ELSEWHERE = {"README.md", *QUICK_STARTS}  # whose Python is run by test_readme.py, and below with their commands
 NOT_RUN = "<!-- not run"
 
 
@@ -106,6 +107,10 @@ def report(tmp_path_factory):
     make_tokenizer().save_pretrained(base)
     opened = open_base(base)
     save_adapter(random_adapter(opened, preset("paper")), folder / "adapter")
+    (folder / "data").mkdir()
+    for name, count in (("train", 24), ("eval", 4)):
+        rows = [{"prompt": f"add {n} {n}", "completion": f"gives {2 * n}"} for n in range(count)]
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -129,7 +134,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(name, report, tmp_path, mo
 
 
 def test_every_page_with_python_is_run():
-    assert {page.name for page in PAGES if blocks(page, "python")} - {ELSEWHERE} == set(GIVEN)
+    assert {page.name for page in PAGES if blocks(page, "python")} - ELSEWHERE == set(GIVEN)
 
 
 def test_a_block_that_is_not_run_says_so(tmp_path):
@@ -160,6 +165,32 @@ def test_the_commands_of_the_pages_can_be_parsed():
         group.commands[name].make_context(name, arguments)  # raises on an option that is not there
         parsed += 1
     assert parsed >= 15
+
+
+def test_the_quick_starts_from_their_config_to_the_adapter_that_comes_back(report, tmp_path, monkeypatch, capsys):
+    """Both pages as a reader goes through them: every command and all Python, in order, in one folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report").symlink_to(report)
+    (yaml_block,) = blocks(ROOT / "docs" / "quickstart_jax.md", "yaml")
+    (tmp_path / "run.yaml").write_text(yaml_block)
+    ran = []
+    for name in QUICK_STARTS:
+        names: dict[str, Any] = {}
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if language == "python":
+                exec(block, names)
+                continue
+            for line in filter(lambda line: line.startswith("moka "), block.splitlines()):
+                with pytest.raises(SystemExit) as stop:
+                    main(shlex.split(line, comments=True)[1:])
+                assert not stop.value.code, f"{name}: {line}"
+                ran.append(shlex.split(line)[1])
+    assert ran.count("train") == ran.count("parity") == 2
+    printed = capsys.readouterr().out
+    first, *_, last = map(float, re.findall(r"held-out loss (\d+\.\d+)", printed))
+    assert last < first - 3  # measured: 5.90 to 0.61
+    assert printed.count("both backends agree") == 2
 
 
 def run_configs() -> list[tuple[str, dict[str, Any]]]:

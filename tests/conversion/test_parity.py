@@ -62,7 +62,7 @@ def test_both_backends_agree_on_every_stage(sides, quantise, steps):
     seen = figures(report)
     if quantise != "none":
         assert {seen[name] for name in ("NF4 codes", "NF4 scales", "decoded weights")} == {0}
-    # measured over 5 seeds: ΔW 1.3e-7, logits 8.4e-7, gradients 6.5e-6, 50 losses 1.5e-6
+    # measured over 5 seeds: ΔW 1.3e-7, logits 8.4e-7, gradients MEASURE, 50 losses 1.5e-6
     assert len(report.losses["jax"]) == len(report.losses["torch"]) == steps
     moved = abs(report.losses["torch"][0] - report.losses["torch"][-1])
     # measured: 0.056 in 50 steps, 0.005 in 5
@@ -202,7 +202,8 @@ def test_a_nan_in_the_first_of_several_arrays_does_not_pass(sides, stage):
         return loss, {**grads, name: grads[name] * np.nan}
 
     report = sides.both(jax=Changed(sides.jax, **{stage: {"delta": delta, "gradients": gradients}[stage]}))
-    assert failures(report) == {"ΔW, JAX, against float64" if stage == "delta" else "gradients"}
+    expected = {"delta": {"ΔW, JAX, against float64"}, "gradients": {"gradients", "gradient of each factor"}}
+    assert failures(report) == expected[stage]
     if stage == "delta":
         assert report.diagnosis.module == first
         assert report.diagnosis.cause.startswith("ΔW has NaN or infinite entries, in JAX; adapted layers: this one")
