@@ -81,16 +81,17 @@ def run_demo(output: Path, *, steps: int) -> None:
         in_torch = _complete_in_torch(output, tokenizer, _questions(eval_file))
         same = in_torch == after
         console.print(f"completions equal to JAX's: {'yes' if same else 'NO'}")
+    completions = _completions(before, after, tokenizer, eval_file)
+    page, run = output / "report.html", output / "run"
+    write_report(page, run, adapter, result.step, completions=completions)
     with timer.stage("parity", console):
+        console.print(f"(meanwhile: {page}, to which this is added)", highlight=False, soft_wrap=True)
         report = check(output / "adapter", output / "base", console=console, quantise="nf4-double", train=50)
 
     summary = _summary(result, adapter, timer, report, before, after, same, output)
     write_json(output / "report.json", summary)
     _pictures(result, adapter, output)
-    completions = _completions(summary, tokenizer, eval_file)
-    write_report(
-        output / "report.html", output / "run", adapter, result.step, parity=summary["parity"], completions=completions
-    )
+    write_report(page, run, adapter, result.step, parity=summary["parity"], completions=completions)
     _print(summary, report, completions, output, console)
     if not (report.passed and same):
         raise SystemExit(1)
@@ -244,17 +245,19 @@ def _pictures(result: TrainResult, adapter: Adapter, output: Path) -> None:
         plot_gates(adapter, draft)
 
 
-def _completions(summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eval_file: Path) -> list[Completion]:
+def _completions(
+    before: dict[str, list[int]], after: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, eval_file: Path
+) -> list[Completion]:
     """What the model wrote before and after, beside what stands in the held-out examples."""
 
-    def text(when: str, prompt: str) -> str:
-        return str(tokenizer.decode(summary["completions"][when][prompt], skip_special_tokens=True))
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     return [
         Completion(
             prompt=pair["prompt"],
-            before=text("before", pair["prompt"]),
-            after=text("after", pair["prompt"]),
+            before=text(before[pair["prompt"]]),
+            after=text(after[pair["prompt"]]),
             wanted=pair["completion"],
         )
         for pair in _questions(eval_file)
