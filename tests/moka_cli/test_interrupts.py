@@ -12,7 +12,10 @@ import time
 import pytest
 from typer.main import get_command
 
+import moka_cli.__main__
 from moka_cli.main import app, main
+from tests.moka_jax.train_toys import make_tokenizer
+from tests.tiny import save_tiny_llama, write_run
 
 ARGUMENTS = {
     "demo": [],
@@ -61,3 +64,42 @@ def test_a_signal_from_outside_does_the_same():
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, "")
+
+
+def test_stopped_twice_while_it_compiles_a_run_ends_with_the_same_status(tmp_path):
+    """The interpreter's own end would crash then; see `moka_cli.__main__`."""
+    base = save_tiny_llama(tmp_path / "base", vocab_size=320)
+    make_tokenizer().save_pretrained(base)
+    write_run(tmp_path, base, train=24, eval=5, steps=6, batch_size=4, eval_every=3, checkpoint_every=3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moka_cli", "train", str(tmp_path / "run.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 0/6"):  # the evaluation before the first step, which compiles
+            break
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (130, "")
+
+
+def test_the_interpreters_end_is_left_out_only_after_an_interruption_and_never_among_several_processes(monkeypatch):
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit(status)  # the real one does not return
+
+    monkeypatch.setattr(os, "_exit", end)
+    for status, several, expected in ((130, False, [130]), (130, True, []), (1, False, []), (None, False, [])):
+        ended.clear()
+        monkeypatch.setattr(moka_cli.__main__, "main", lambda status=status: sys.exit(status))
+        monkeypatch.setattr(moka_cli.__main__, "_one_of_several", lambda several=several: several)
+        with pytest.raises(SystemExit) as stop:
+            moka_cli.__main__.console()
+        assert (stop.value.code, ended) == (status, expected)
