@@ -344,7 +344,10 @@ def open_base(folder: str | os.PathLike[str], *, quantise: Quantise = "nf4-doubl
     if quantise not in ("nf4-double", "nf4", "none"):
         raise ModelError(f"quantise: expected nf4-double, nf4 or none; got {quantise!r}")
     if why := no_folder(root):
-        raise ModelError(f"{root}: {why}; expected a Hugging Face model folder (config.json, safetensors)")
+        raise ModelError(
+            f"{root}: {why}; expected a Hugging Face model folder (config.json, safetensors); a model of the hub is "
+            "fetched first: hf download NAME --local-dir FOLDER"
+        )
     config = _read_json(root / "config.json")
     files = _tensor_files(root)
     return BaseFolder(folder=root, quantise=quantise, config=config, files=files)

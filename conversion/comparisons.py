@@ -136,7 +136,7 @@ def gradient_rows(
         return
     factors = {name: relative(own[name], reference[name]) for name in reference if not name.endswith(_GATE)}
     gates = {}
-    for name in reference.keys() - factors.keys():
+    for name in (name for name in reference if name.endswith(_GATE)):
         path = name.removesuffix(_GATE)
         scale = gate_scale(layers[path], {part: reference[f"{path}.{part}"] for part, _ in layers[path].tensors()})
         gates[name] = relative(own[name], reference[name], least=scale)

@@ -376,7 +376,7 @@ def _backward(rows: Sequence[Row]) -> Diagnosis | None:
     failed = [row for row in rows if row.name.startswith("gradient") and not row.passed]
     if not failed:
         return None
-    row = failed[-1]  # the first is of all arrays as one, and names none
+    row = max(failed, key=lambda row: (bool(row.worst), row.figure))  # that of all arrays as one names none
     cause = "the backward pass: every module's output agrees"
     return Diagnosis(module=row.worst or "no layer alone", figure=row.figure, bound=row.bound, cause=cause)
 
