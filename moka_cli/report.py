@@ -152,7 +152,12 @@ def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int, *, 
         if best is not None and best["step"] != held_out[-1]["step"]:
             yield "lowest held-out loss", f"{best['loss']:.4f} after step {best['step']}"
     if trained:
-        yield "training loss", _change([record["loss"] for record in trained])
+        losses = [record["loss"] for record in trained]
+        few = max(1, len(losses) // 10)  # one batch alone says little
+        yield (
+            "training loss, first and last tenth",
+            _change([statistics.mean(losses[:few]), statistics.mean(losses[-few:])]),
+        )
     yield "steps recorded", f"{max([step, *(record['step'] for record in records)])} of {of}"
     yield "trained parameters", f"{adapter.trainable:,} on {len(adapter.layers)} layers"
     if trained:

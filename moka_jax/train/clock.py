@@ -41,17 +41,18 @@ class Clock:
         self._tokens += tokens
         self._steps += 1
 
-    def lap(self) -> tuple[float, float]:
+    def lap(self) -> tuple[float, float | None]:
         """Tokens a second since the last lap, and seconds a step over the last `RECENT` ones.
 
-        The first lap, in which steps are compiled, counts only until there is another one.
+        The first lap, in which steps are compiled, says nothing of the pace: None.
         """
         now = time.perf_counter()
         seconds = now - self._lap_start
-        if self._laps and self._compiling:
-            self._laps.clear()
-            self._compiling = False
-        self._laps.append((seconds, self._steps))
-        rates = self._tokens / seconds, sum(lap[0] for lap in self._laps) / sum(lap[1] for lap in self._laps)
+        pace = None
+        if not self._compiling:
+            self._laps.append((seconds, self._steps))
+            pace = sum(lap[0] for lap in self._laps) / sum(lap[1] for lap in self._laps)
+        self._compiling = False
+        rates = self._tokens / seconds, pace
         self._lap_start, self._tokens, self._steps = now, 0, 0
         return rates

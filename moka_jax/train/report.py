@@ -54,17 +54,17 @@ class Report:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def train(self, record: dict[str, Any], *, seconds_left: float) -> None:
-        """Show a training record of the metrics."""
+    def train(self, record: dict[str, Any], *, seconds_left: float | None) -> None:
+        """Show a training record of the metrics, and how long the rest will take, if that is known."""
         numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if record["skipped"]:
             numbers += f"  {record['skipped']} skipped"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], numbers=numbers)
         else:
+            left = "" if seconds_left is None else f"  left {_duration(seconds_left)}"
             self.say(
-                f"step {record['step']}/{self._steps}  {numbers}  learning rate {record['learning_rate']:.3g}  "
-                f"left {_duration(seconds_left)}"
+                f"step {record['step']}/{self._steps}  {numbers}  learning rate {record['learning_rate']:.3g}{left}"
             )
 
     def skip(self, record: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def laps(timer: Clock, wait, *seconds: float) -> list[tuple[float, float]]:
 
 def test_the_pace_is_that_of_the_last_laps_without_the_one_that_compiles(wait) -> None:
     timer = Clock(before=7.0)
-    assert laps(timer, wait, 30.0, 2.0, 4.0) == [(2.0, 30.0), (30.0, 2.0), (15.0, 3.0)]
+    assert laps(timer, wait, 30.0, 2.0, 4.0) == [(2.0, None), (30.0, 2.0), (15.0, 3.0)]
     assert laps(timer, wait, *[1.0] * RECENT)[-1] == (60.0, 1.0)
     assert timer.seconds == 7.0 + 36.0 + RECENT
 
