@@ -62,8 +62,8 @@ def run_generate(
     if not texts:
         raise DataError("nothing to complete: expected --prompt TEXT or --prompts FILE")
     value = None if adapter is None else load_adapter(adapter)
-    tokenizer = load_tokenizer(base)
     opened = open_held(base, quantise, value)
+    tokenizer = load_tokenizer(base)
     config = LlamaConfig.from_hf_config(opened.config)
     if value is not None:
         check_base(value.base_fingerprint, opened.fingerprint, allow_other_base=allow_other_base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -29,6 +28,8 @@ from moka_cli.options import (
     Preset,
     Quantise,
     Run,
+    Schema,
+    Version,
 )
 from moka_core.errors import MokaError
 
@@ -42,16 +43,11 @@ app = typer.Typer(
 )
 
 
-def _print_schema(wanted: bool) -> None:
-    if wanted:
-        from moka_jax.train.schema import run_schema
-
-        print(json.dumps(run_schema(), indent=1))
-        raise typer.Exit
-
-
 @app.callback()
-def root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False) -> None:
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    version: Version = False,
+) -> None:
     """Each command has its own --help with an example."""
 
 
@@ -80,9 +76,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the first examples, say what memory each part will take, and stop.")
     ] = False,
-    schema: Annotated[
-        bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of CONFIG.")
-    ] = False,
+    schema: Schema = False,
 ) -> None:
     """Train an adapter in JAX, or go on with a run that was stopped.
 
@@ -108,12 +102,7 @@ def train(
 
 
 @app.command()
-def export(
-    run: Run,
-    out: NewAdapter,
-    base: MovedBase = None,
-    checkpoint: Checkpoint = "last",
-) -> None:
+def export(run: Run, out: NewAdapter, base: MovedBase = None, checkpoint: Checkpoint = "last") -> None:
     """Write a run's adapter as a folder that both backends load, PEFT included.
 
     [dim]Example: moka export runs/first adapters/first[/dim]

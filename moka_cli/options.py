@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from moka_jax.train.schema import run_schema
+
+        print(json.dumps(run_schema(), indent=1))
+        raise typer.Exit
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moka {version('moka')}")
+        raise typer.Exit
+
 
 AdapterFolder = Annotated[Path, typer.Argument(help="Adapter folder.")]
 NewAdapter = Annotated[Path, typer.Argument(help="Adapter folder to write; it must not exist yet.")]
@@ -35,3 +52,7 @@ JsonFile = Annotated[
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take another base than the adapter was trained on.")
 ]
+Schema = Annotated[
+    bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of CONFIG.")
+]
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]

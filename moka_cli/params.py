@@ -46,7 +46,11 @@ def read_architecture(arch: str) -> Architecture:
     file = path / "config.json" if no_folder(path) is None else path
     if file.name != "config.json":
         return architecture(arch)
-    return Architecture.from_hf_config(json_object(file, ModelError, needed="expected a Hugging Face model folder"))
+    values = json_object(file, ModelError, needed="expected a Hugging Face model folder")
+    try:
+        return Architecture.from_hf_config(values)
+    except ModelError as error:
+        raise ModelError(f"{file.parent}: {error}") from error
 
 
 def summarise(model: Architecture, config: MokaConfig, plans: dict[str, LayerPlan]) -> dict[str, Any]:

@@ -58,12 +58,15 @@ class AdapterSettings:
         check_keys(overrides, [f.name for f in dataclasses.fields(MokaConfig)], where="adapter")
         left_out = [key for key, value in overrides.items() if value is None and self.start is not None]
         object.__setattr__(self, "overrides", {key: overrides[key] for key in overrides if key not in left_out})
-        if self.start_checksum is not None or (
-            self.preset is not None and self.start is None and not PRESETS[self.preset].needs_model
-        ):
-            self.moka_config()
-        else:
-            MokaConfig.from_dict({key: value for key, value in self.overrides.items() if key != "shapes"})
+        try:
+            if self.start_checksum is not None or (
+                self.preset is not None and self.start is None and not PRESETS[self.preset].needs_model
+            ):
+                self.moka_config()
+            else:
+                MokaConfig.from_dict({key: value for key, value in self.overrides.items() if key != "shapes"})
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(error).startswith("adapter") else f"adapter.{error}") from error
 
     def moka_config(self, model: Architecture | None = None) -> MokaConfig:
         """The adapter's config, fitted to a model.

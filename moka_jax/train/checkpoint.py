@@ -286,9 +286,12 @@ def _check_same_run(where: Path, saved: Mapping[str, Any], now: Mapping[str, Any
         changes += [f"another base model: {told}" for told in [base_difference(before, base)] if told]
     changes += filter(None, [differing_settings(saved, now, names=("the checkpoint", "this run"))])
     if changes:
+        longer = "; to train its adapter for longer, export it and begin a run from it (adapter.start)"
         raise CheckpointError(
             f"{where}: this checkpoint belongs to another run; {'; '.join(changes)}\n"
             "set them back to resume it, or use another output folder"
+            + longer
+            * (saved.get("steps") != now.get("steps"))
         )
 
 

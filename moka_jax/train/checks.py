@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
@@ -143,7 +144,7 @@ def _number(label: str, value: Any, limits: Within) -> float:
             value = float(value)
         except ValueError:
             raise ConfigError(f"{label}: expected a finite number; got {value!r}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{label}: expected a finite number; got {value!r}")
     if value not in limits:
         raise ConfigError(f"{label}: expected {limits.told(label.rpartition('.')[2])}; got {float(value)!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from moka_core import ConfigError
+from moka_core import ConfigError, MokaConfig
 from moka_core.config import RUNTIME_FIELDS
 from moka_jax.sharding import Layout, make_mesh
 from moka_jax.train.adapter_settings import AdapterSettings
@@ -238,6 +238,15 @@ class TrainConfig:
             rate = adapter.learning_rate()
             if rate is not None:
                 given, values = {"learning_rate": rate, **given}, {"optimiser": {}, **values}
+            elif adapter.start is not None:
+                raise ConfigError(
+                    "optimiser.learning_rate: expected a number, as a preset's is for a fresh adapter and this run "
+                    "goes on from adapter.start; begin with the rate of its training, or a third of it"
+                )
+        own = {f.name for f in dataclasses.fields(cls)}
+        for group, kind in _GROUPS.items():
+            for name in sorted(values.keys() & {f.name for f in dataclasses.fields(kind)} - own):
+                raise ConfigError(f"config: unknown {name!r}; it is a setting of {group}: {group}.{name}")
         arguments = constructor_arguments(cls, values, where="config")
         arguments["data"] = DataConfig.from_dict(arguments["data"])
         optimiser = OptimiserConfig.from_dict(given)
@@ -307,4 +316,5 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_GROUPS: dict[str, type] = {"optimiser": OptimiserConfig, "data": DataConfig, "adapter": MokaConfig, "mesh": MeshConfig}
 _OPTIONAL: dict[str, type] = {"mesh": MeshConfig, "early_stopping": EarlyStopping, "profile": Profile}

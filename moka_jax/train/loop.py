@@ -245,6 +245,8 @@ class _Run:
             if not any(record["kind"] == "data" and record["split"] == split for record in self.log.records):
                 self._write({"kind": "data", "step": 0, "split": split, **counts})
         used = 1 if self.layout is None else self.layout.mesh.size
+        if self.config.dtype == "bfloat16" and jax.default_backend() == "cpu":
+            self.report.say("bfloat16 is slower than float32 on a CPU; dtype: float32 may take half the time")
         if used < jax.device_count():
             self.report.say(f"this run uses {used} of {jax.device_count()} devices; mesh spreads it over more")
         if resumed_from is None:
@@ -360,7 +362,8 @@ class _Run:
             "seconds": clock.seconds,
         }
         self._write(record)
-        self.report.train(record, seconds_left=seconds_a_step * (self.config.steps - step))
+        left = None if seconds_a_step is None else seconds_a_step * (self.config.steps - step)
+        self.report.train(record, seconds_left=left)
 
     def _record_gates(self, step: int, state: TrainState) -> None:
         """Record the gates, if the adapter has any; once for each step."""

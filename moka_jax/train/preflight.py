@@ -46,11 +46,14 @@ def check_run(config: TrainConfig, layout: Layout | None) -> None:
 def check_output(config: TrainConfig) -> None:
     """Raise a ConfigError unless a run can write into its output folder, which need not exist; nothing is left there.
 
-    What the run will write may be there of an earlier one, but no file in the place of a folder, and no model.
+    What the run will write may be there of an earlier one, but no file in the place of a folder, no model, no adapter.
     """
     folder = Path(config.output)
-    if os.path.exists(folder / "config.json"):
-        raise ConfigError(f"output: expected a folder for this run alone; {folder} holds a model; use another folder")
+    for file, what in {"config.json": "a model", "adapter_config.json": "an adapter"}.items():
+        if os.path.exists(folder / file):
+            raise ConfigError(
+                f"output: expected a folder for this run alone; {folder} holds {what}; use another folder"
+            )
     is_folder_of = {"metrics.jsonl": False, "checkpoints": True}
     is_folder_of |= {"tensorboard": True} if config.tensorboard else {}
     is_folder_of |= {"profile": True} if config.profile is not None else {}

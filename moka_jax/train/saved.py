@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 
+from moka_core.paths import no_file, no_folder
 from moka_jax.linear import MokaParam
 from moka_jax.train.checkpoint import (
     FILE_ERRORS,
@@ -91,9 +92,10 @@ def _checkpoint(run: str | Path, which: Which) -> Path:
     folder = (Path(run) / "checkpoints").resolve()
     steps = checkpoint_steps(folder)
     if not steps:
-        raise CheckpointError(
-            f"{run}: expected the output folder of a training run; it has no checkpoints/STEP (see moka train)"
-        )
+        found = no_folder(run) or "it has no checkpoints/STEP (see moka train)"
+        if no_file(Path(run) / "adapter_config.json") is None:
+            found = "it is an adapter folder already, as moka export writes it"
+        raise CheckpointError(f"{run}: expected the output folder of a training run; {found}")
     if which == "last":
         return folder / str(steps[-1])
     if which != "best":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -316,6 +317,25 @@ def test_a_setting_given_as_an_option_is_refused_with_how_it_is_given(given, cap
     assert "No such option: --quantise" in told
     assert "--dry-run, --schema and --help" in told
     assert told.rstrip("─╯╰ ").endswith("given without dashes: quantise=VALUE")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"moka {version('moka')}\n"
+
+
+def test_a_folder_of_another_kind_is_refused_with_what_it_is(run, base, tmp_path, capsys):
+    save_adapter(random_adapter(open_base(base), MokaConfig(r=2, num_shapes=1)), tmp_path / "adapter")
+    assert call("export", tmp_path / "adapter", tmp_path / "new") == 1
+    assert "it is an adapter folder already, as moka export writes it" in capsys.readouterr().err
+    assert call("export", tmp_path / "nowhere", tmp_path / "new") == 1
+    assert "nowhere: expected the output folder of a training run; no such folder" in capsys.readouterr().err
+    assert call("train", run / "run.yaml", f"output={tmp_path / 'adapter'}") == 1
+    assert "adapter holds an adapter; use another folder" in capsys.readouterr().err
+    assert call("generate", "--base", run, "--prompt", "p") == 1
+    assert "config.json: no such file; expected a Hugging Face model folder" in capsys.readouterr().err
+    assert call("generate", "--base", "some/model", "--prompt", "p") == 1
+    assert "a model of the hub is fetched first: hf download NAME --local-dir FOLDER" in capsys.readouterr().err
 
 
 def test_a_dry_run_plans_and_leaves_nothing(run, tmp_path, capsys):

@@ -69,6 +69,18 @@ def test_a_rate_that_pyyaml_reads_as_text_is_a_number() -> None:
         ({"data": {"train": "t", "max_len": 3}}, "data: unknown 'max_len' (did you mean 'max_length'?)"),
         ({"optimiser": {"learning_rte": 1}}, "optimiser: unknown 'learning_rte' (did you mean 'learning_rate'?)"),
         ({"optimiser": {"name": "lion"}}, "optimiser: missing learning_rate; needed: learning_rate"),
+        (
+            {"learning_rate": 1e-3},
+            "config: unknown 'learning_rate'; it is a setting of optimiser: optimiser.learning_rate",
+        ),
+        ({"max_length": 9}, "config: unknown 'max_length'; it is a setting of data: data.max_length"),
+        ({"r": 9}, "config: unknown 'r'; it is a setting of adapter: adapter.r"),
+        (
+            {"optimiser": {}, "adapter": {"start": "there"}},
+            "optimiser.learning_rate: expected a number, as a preset's is for a fresh adapter and this run goes on",
+        ),
+        ({"optimiser": {"learning_rate": 10**400}}, "optimiser.learning_rate: expected a finite number; got 1000"),
+        ({"adapter": {"dropout": 1.5}}, "adapter.dropout: expected 0 <= dropout < 1; got 1.5"),
         ({"data": {}}, "data: missing train; needed: train"),
         ({"data": "t"}, "data: expected settings (key: value); got 't'"),
         ({"data": {1: 2}}, "data: expected names as keys; got 1"),
@@ -314,8 +326,9 @@ def test_a_run_takes_the_learning_rate_of_its_preset(monkeypatch: pytest.MonkeyP
     for optimiser, adapter in (({"name": "lion"}, {}), ({}, {"preset": "paper-s"})):
         with pytest.raises(ConfigError, match="optimiser: missing learning_rate"):
             rate(optimiser, **adapter)
-    with pytest.raises(ConfigError, match="config: missing optimiser"):
-        rate(None, start="folder")
+    for optimiser in (None, {}):
+        with pytest.raises(ConfigError, match="learning_rate: expected a number, as a preset's is for a fresh adapter"):
+            rate(optimiser, start="folder")
     assert rate({}, preset="recommended", scale=30, scale_pattern={}) == PRESETS["recommended"].learning_rate
     told = "of the preset paper, 0.0123, is not taken with another adapter.r and adapter.gate"
     for optimiser in (None, {"warmup_steps": 2}):
