@@ -133,10 +133,10 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _load(folder: Path, *, verify: bool) -> Adapter:
     if why := no_folder(folder):
-        raise AdapterError(
-            f"{folder}: {why}; expected an adapter folder, as moka export, save_adapter or PEFT's save_pretrained "
-            "writes it"
-        )
+        hint = "; expected an adapter folder, as moka export, save_adapter or PEFT's save_pretrained writes it"
+        if (aside := set_aside(folder)) is not None and not os.path.exists(folder):
+            hint = f"; a process died while it replaced the folder, and {aside} is what stood there: rename it"
+        raise AdapterError(f"{folder}: {why}{hint}")
     config, fields = _read_config(folder)
     config, plans = _layer_plans(config, fields["layers"], folder / CONFIG_FILE)
     tensors = _read_tensors(folder, config, plans)
@@ -272,8 +272,6 @@ def _file_of(folder: Path, name: str) -> Path:
     if why := no_file(path):
         run = os.path.isdir(folder / "checkpoints")
         hint = f"; {folder} is a training run: moka export writes its adapter" if run else ""
-        if (aside := set_aside(folder)) is not None and not os.path.exists(folder):
-            hint = f"; a process died while it replaced the folder, and {aside} is what stood there: rename it"
         raise AdapterError(f"{path}: {why}; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}{hint}")
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
