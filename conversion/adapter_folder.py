@@ -51,7 +51,7 @@ CHOICE_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BEYOND_MIXTURE = ("modules_to_save", "bias")
 OWN_FIELDS = ("format_version", "base_fingerprint", "base_quantisation", "layers", "checksum")
 LARGEST_CONFIG = 1 << 26  # bytes; some thousand layers need a thousandth of it
-_READS = 5  # how often a folder is read that is replaced meanwhile
+_READS = 20  # how often a folder is read that is replaced meanwhile
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.moka_(?P<name>factor_[ab]\.\d+|gate_logits)")
 
@@ -122,13 +122,13 @@ def load_adapter(folder: str | os.PathLike[str], *, verify: bool = True) -> Adap
     raise AssertionError("unreachable")
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from the one that takes its place."""
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from the one that takes its place; an inode alone is given again, to the second next."""
     try:
         found = folder.stat()
     except (OSError, ValueError):  # the latter for a name with a null byte
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _load(folder: Path, *, verify: bool) -> Adapter:

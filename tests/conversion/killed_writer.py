@@ -63,15 +63,17 @@ def main(folder: Path, kills: int) -> None:
         if pid == 0:
             write_for_ever(target, known, done)
         os.close(done)
-        for _ in range(kill % 3):  # so that either may stand there, however slow the machine is
-            os.read(told, 1)
-        end = time.monotonic() + rng.uniform(0, 2 * once)
-        while time.monotonic() < end:
-            assert which(target, known) != "neither"
-            reads += 1
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(told)
+        try:
+            for _ in range(kill % 3):  # so that either may stand there, however slow the machine is
+                os.read(told, 1)
+            end = time.monotonic() + rng.uniform(0, 2 * once)
+            while time.monotonic() < end:
+                assert which(target, known) != "neither"
+                reads += 1
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(told)
         name = which(target, known)
         after[name] = after.get(name, 0) + 1
         for left in folder.glob(".adapter.*"):
