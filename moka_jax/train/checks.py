@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moka_core import ConfigError
-from moka_core.config import check_keys
+from moka_core.config import check_finite, check_keys
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def _number(label: str, value: Any, limits: Within) -> float:
             value = float(value)
         except ValueError:
             raise ConfigError(f"{label}: expected a finite number; got {value!r}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise ConfigError(f"{label}: expected a finite number; got {value!r}")
+    value = check_finite(label, value)
     if value not in limits:
-        raise ConfigError(f"{label}: expected {limits.told(label.rpartition('.')[2])}; got {float(value)!r}")
-    return float(value)
+        raise ConfigError(f"{label}: expected {limits.told(label.rpartition('.')[2])}; got {value!r}")
+    return value
