@@ -245,8 +245,6 @@ class _Run:
             if not any(record["kind"] == "data" and record["split"] == split for record in self.log.records):
                 self._write({"kind": "data", "step": 0, "split": split, **counts})
         used = 1 if self.layout is None else self.layout.mesh.size
-        if self.config.dtype == "bfloat16" and jax.default_backend() == "cpu":
-            self.report.say("bfloat16 is slower than float32 on a CPU; dtype: float32 may take half the time")
         if used < jax.device_count():
             self.report.say(f"this run uses {used} of {jax.device_count()} devices; mesh spreads it over more")
         if resumed_from is None:
