@@ -154,10 +154,8 @@ def tiles(records: Sequence[Mapping[str, Any]], adapter: Adapter, step: int, *, 
     if trained:
         losses = [record["loss"] for record in trained]
         few = max(1, len(losses) // 10)  # one batch alone says little
-        yield (
-            "training loss, first and last tenth",
-            _change([statistics.mean(losses[:few]), statistics.mean(losses[-few:])]),
-        )
+        means = [statistics.mean(losses[:few]), statistics.mean(losses[-few:])]
+        yield "training loss, first and last tenth", _change(means[: len(losses)])
     yield "steps recorded", f"{max([step, *(record['step'] for record in records)])} of {of}"
     yield "trained parameters", f"{adapter.trainable:,} on {len(adapter.layers)} layers"
     if trained:
